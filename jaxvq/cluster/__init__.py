@@ -1,0 +1,1 @@
+"""Clustering, one algorithm per file: arrays in, arrays out."""

@@ -1,0 +1,129 @@
+"""Weighted k-means by Lloyd's iteration."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Int32, Shaped
+
+from jaxvq._numerics import matmul, safe_divide
+from jaxvq.ops.nearest import assign, check_points, chunk_length, in_chunks
+
+
+def kmeans(
+    points: Shaped[Array, "..."],
+    centroids: Shaped[Array, "..."],
+    *,
+    iterations: int,
+    weights: Shaped[Array, "..."] | None = None,
+    count: Int[Array, ""] | int | None = None,
+) -> Float[Array, "k d"]:
+    """Moves centroids to a local minimum of the weighted squared distance to the points.
+
+    Each iteration gives every point to its nearest centroid and moves every centroid to the mean of its points. A
+    centroid without points takes over half of the most populated cluster.
+
+    Args:
+      points: `[n, d]`.
+      centroids: `[k, d]`, where to start.
+      iterations: how many times to assign and move.
+      weights: how much each point counts, `[n]`, or each of its coordinates, `[n, d]`; a point of weight 0 is padding.
+      count: only this many leading points are real. It may be traced: chunks of mere padding then cost nothing.
+
+    Returns:
+      Centroids `[k, d]` in float32.
+
+    Raises:
+      ValueError: for shapes that do not fit together.
+
+    Example:
+      >>> kmeans(jnp.array([[0.0], [1.0], [8.0], [9.0]]), jnp.array([[0.0], [1.0]]), iterations=5)
+      Array([[0.5],
+             [8.5]], dtype=float32)
+
+    Source: Lloyd, "Least squares quantization in PCM", 1982.
+    """
+    check_points(points, centroids, "centroids")
+    if weights is not None and weights.shape not in (points.shape, points.shape[:1]):
+        raise ValueError(
+            f"`weights` must be {points.shape[:1]} or {points.shape} like `points`, got {weights.shape}; "
+            "pass one per point or one per coordinate"
+        )
+    per_point = jnp.ones(points.shape[:1]) if weights is None else weights
+    return _lloyd(points, centroids, per_point, iterations, points.shape[0] if count is None else count)
+
+
+@jax.jit
+def _lloyd(points: Array, centroids: Array, weights: Array, iterations: Array, count: Array) -> Float[Array, "k d"]:
+    (n, d), k = points.shape, centroids.shape[0]
+    by_coordinate = weights.ndim == 2 and d > 1
+    length = chunk_length(n, k)
+    point_chunks, weight_chunks = in_chunks(points, length), in_chunks(weights.reshape(n, -1), length)
+    chunks = -(-count // max(length, 1))
+    centre = centroids.astype(jnp.float32).mean(axis=0)
+
+    def move(_: Array, centroids: Float[Array, "k d"]) -> Float[Array, "k d"]:
+        def add_chunk(i: Array, moments: Float[Array, "k e"]) -> Float[Array, "k e"]:
+            x = point_chunks[i].astype(jnp.float32) - centre
+            inside = i * length + jnp.arange(length) < count
+            w = jnp.where(inside[:, None], weight_chunks[i].astype(jnp.float32), 0)
+            codes = assign(x, centroids, w if by_coordinate else None)
+            return moments + sums_by_code(jnp.concatenate([w, w * x, w * x**2], axis=1), codes, k)
+
+        moments = lax.fori_loop(0, chunks, add_chunk, jnp.zeros((k, weight_chunks.shape[2] + 2 * d)))
+        return update(centroids, moments)
+
+    return lax.fori_loop(0, iterations, move, centroids.astype(jnp.float32) - centre) + centre
+
+
+def update(centroids: Float[Array, "k d"], moments: Float[Array, "k e"]) -> Float[Array, "k d"]:
+    """New centroids from each cluster's sums of `weight`, `weight * x` and `weight * x**2`."""
+    d = centroids.shape[1]
+    mass, first, second = moments[:, : -2 * d], moments[:, -2 * d : -d], moments[:, -d:]
+    means = jnp.where(mass > 0, safe_divide(first, mass), centroids)
+    squares = safe_divide(second, mass)
+    variance = squares - means**2
+    variance = jnp.where(variance > 1e-5 * squares, variance, 0)  # less is rounding
+    return split_for_empty(means, variance, mass.sum(axis=1))
+
+
+def split_for_empty(
+    centroids: Float[Array, "k d"], variance: Float[Array, "k d"], mass: Float[Array, " k"]
+) -> Float[Array, "k d"]:
+    """Gives the i-th empty cluster one half of the i-th most populated one.
+
+    The two halves lie half a standard deviation on either side of the old centroid, along the coordinate in which
+    the cluster is widest: for nearly any shape of cluster this is better than the one centroid was.
+
+    Source: Stock et al., "And the Bit Goes Down: Revisiting the Quantization of Neural Networks", 2020,
+    arXiv 1907.05686, who split the most populated cluster too, by a random step.
+    """
+    k, d = centroids.shape
+    empty = mass <= 0
+    most_populated_first = jnp.argsort(-mass)
+    rank = jnp.cumsum(empty) - 1
+    donor = most_populated_first[rank % jnp.maximum(k - empty.sum(), 1)]
+    widest = jnp.argmax(variance[donor], axis=1)
+    step = jnp.where(jnp.arange(d) == widest[:, None], 0.5 * jnp.sqrt(variance[donor]), 0)
+    halves = jnp.where(empty[:, None], centroids[donor] + step, centroids)
+    return halves.at[jnp.where(empty, donor, k)].set(centroids[donor] - step, mode="drop")
+
+
+def sums_by_code(values: Float[Array, "n e"], codes: Int32[Array, " n"], k: int) -> Float[Array, "k e"]:
+    """Adds up the rows of `values` that share a code, in the same order on every run."""
+    on_cpu = functools.partial(jax.ops.segment_sum, num_segments=k)
+    elsewhere = functools.partial(one_hot_sums, k=k)
+    return lax.platform_dependent(values, codes, cpu=on_cpu, default=elsewhere)
+
+
+def one_hot_sums(values: Float[Array, "n e"], codes: Int32[Array, " n"], k: int) -> Float[Array, "k e"]:
+    """`sums_by_code` as products with one-hot codes: the scatter-add of an accelerator adds in no fixed order."""
+    length = chunk_length(values.shape[0], k)
+
+    def add(sums: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        one_hot = jax.nn.one_hot(chunk[1][:, 0], k, axis=0)
+        return sums + matmul(one_hot, chunk[0]), None
+
+    chunks = in_chunks(values, length), in_chunks(codes[:, None], length)
+    return lax.scan(add, jnp.zeros((k, values.shape[1])), chunks)[0]

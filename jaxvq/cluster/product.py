@@ -1,0 +1,51 @@
+"""Product quantization: independent codebooks for independent sets of vectors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxvq.cluster.init import kmeans_plus_plus
+from jaxvq.cluster.kmeans import kmeans
+
+
+@functools.partial(jax.jit, static_argnames=("k", "iterations"))
+def fit_product(
+    key: Array,
+    points: Shaped[Array, "p n d"],
+    k: int,
+    *,
+    iterations: int,
+    weights: Shaped[Array, "p n"] | Shaped[Array, "p n d"] | None = None,
+    count: Int[Array, ""] | int | None = None,
+) -> Float[Array, "p k d"]:
+    """Fits a codebook to each of `p` sets of vectors: k-means++, then k-means.
+
+    One set is a codebook shared by a whole weight, `g` sets are one codebook per subspace.
+
+    Args:
+      key: random key.
+      points: `[p, n, d]`.
+      k: vectors per codebook.
+      iterations: iterations of k-means.
+      weights: how much each point counts, `[p, n]`, or each of its coordinates, `[p, n, d]`; weight 0 is padding.
+      count: only this many leading points of each set are real; it may be traced.
+
+    Returns:
+      Codebooks `[p, k, d]` in float32.
+
+    Sources: Jegou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", 2011; Stock et al., "And
+    the Bit Goes Down: Revisiting the Quantization of Neural Networks", 2020, arXiv 1907.05686.
+    """
+
+    def fit(problem: tuple[Array, Array, Array | None]) -> Float[Array, "k d"]:
+        key, x, w = problem
+        mass = jnp.ones(x.shape[0]) if w is None else w.reshape(x.shape[0], -1).mean(axis=1)
+        if count is not None:
+            mass = jnp.where(jnp.arange(x.shape[0]) < count, mass, 0)
+        start = kmeans_plus_plus(key, x, k, weights=mass)
+        return kmeans(x, start, weights=w, iterations=iterations, count=count)
+
+    return lax.map(fit, (jax.random.split(key, points.shape[0]), points, weights))

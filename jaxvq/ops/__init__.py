@@ -1,0 +1,1 @@
+"""Operations on quantized weights and codebooks."""

@@ -1,0 +1,135 @@
+"""The main job: a tree of parameters to a tree with quantized leaves, and back."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from jaxvq._pytree import path_key
+from jaxvq.array import QuantizedArray, is_quantized
+from jaxvq.methods import AbstractMethod
+from jaxvq.spec import Plan, PlanEntry, Rule, Spec, resolve
+from jaxvq.stats import LayerStats
+
+Progress = Callable[[Sequence[PlanEntry]], Iterable[PlanEntry]]
+
+
+def quantize_params(
+    params: Any,
+    spec: Spec | Rule | Sequence[Rule] | AbstractMethod,
+    *,
+    key: Array,
+    stats: Mapping[str, LayerStats] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Quantizes the weights of a tree.
+
+    Works on any pytree of arrays: Flax linen and nnx, Equinox, plain dictionaries. The same key, params and spec give
+    the same codes, under `jax.jit` or not; what happens to a leaf does not depend on the others.
+
+    Args:
+      params: a tree of arrays.
+      spec: a `Spec`, a sequence of `Rule`s, or a bare method for every weight of rank 2 or more.
+      key: random key (`jax.random.key(0)`), for the methods that start from random points.
+      stats: the importance of each value, by path; the methods that cluster weigh their errors by it.
+      progress: wraps the entries of the plan while they are worked off, such as `rich.progress.track`.
+
+    Returns:
+      The same tree, in which the leaves that the spec names are `QuantizedArray`s.
+
+    Raises:
+      ValueError: for NaN or Inf in a weight (not seen under `jax.jit`), a rule that matches nothing, a `k` above the
+        number of vectors, statistics that fit no leaf.
+      TypeError: for a leaf under a rule that is not a float array.
+
+    Example:
+      >>> import jaxvq
+      >>> params = {"Dense_0": {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
+      >>> quantized = jaxvq.quantize_params(params, jaxvq.KMeans(bits=4), key=jax.random.key(0))
+      >>> quantized["Dense_0"]["kernel"].bits_per_weight
+      4.25
+    """
+    plan = resolve(params, spec)
+    stats = {} if stats is None else stats
+    _check_stats(stats, plan)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_quantized)
+    weights = dict(zip((entry.path for entry in plan.entries), leaves, strict=True))
+    todo = [entry for entry in plan.entries if entry.method is not None]
+    for entry in todo if progress is None else progress(todo):
+        importance = stats[entry.path].importance if entry.path in stats else None
+        weights[entry.path] = quantize_leaf(weights[entry.path], entry, key=key, weights=importance)
+    return jax.tree.unflatten(structure, [weights[entry.path] for entry in plan.entries])
+
+
+def quantize_leaf(
+    weight: Shaped[Any, "..."], entry: PlanEntry, *, key: Array, weights: Float[Array, "..."] | None = None
+) -> QuantizedArray:
+    """Quantizes one leaf as its plan entry says.
+
+    Args:
+      weight: the leaf.
+      entry: of `resolve`, with a method.
+      key: the key of the whole tree; the leaf's own follows from its path.
+      weights: the importance of each value, in the leaf's shape.
+
+    Raises:
+      ValueError: for NaN or Inf in the weight or the importance, or negative importance.
+    """
+    method, layout = entry.method, entry.layout
+    if method is None or layout is None:
+        raise ValueError(f"{entry.path}: `entry` must have a method, got one that stays float")
+    weight = jnp.asarray(weight)
+    check_finite(weight, f"{entry.path}: the weight")
+    if weights is not None:
+        check_finite(weights, f"{entry.path}: the importance")
+    own_key = path_key(key, entry.path)
+    if entry.stacked == 0:
+        return method.fit(weight, layout, key=own_key, weights=weights)
+    slices = weight.reshape(-1, *layout.shape)
+    importance = [None] * len(slices) if weights is None else list(weights.reshape(-1, *layout.shape))
+    layers = [
+        method.fit(one, layout, key=jax.random.fold_in(own_key, index), weights=mass)
+        for index, (one, mass) in enumerate(zip(slices, importance, strict=True))
+    ]
+    stack = entry.shape[: entry.stacked]
+    return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*stack, *parts[0].shape), *layers)
+
+
+def dequantize_params(params: Any) -> Any:
+    """The tree with every quantized leaf as an array again; differentiable in the decoders, and works under jit.
+
+    Example:
+      >>> import jaxvq
+      >>> quantized = jaxvq.quantize_params({"w": jnp.ones((64, 32))}, jaxvq.KMeans(bits=1), key=jax.random.key(0))
+      >>> dequantize_params(quantized)["w"].shape
+      (64, 32)
+    """
+    return jax.tree.map(lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
+
+
+def check_finite(values: Shaped[Array, "..."], name: str) -> None:
+    """Raises ValueError for NaN or Inf, with their count. Traced values have none to look at and pass."""
+    if isinstance(values, jax.core.Tracer):
+        return
+    wrong = values.size - int(jnp.sum(jnp.isfinite(values), dtype=jnp.int32))
+    if wrong:
+        raise ValueError(
+            f"{name} must be finite, got {wrong} NaN or Inf among {values.size} values; "
+            "repair the checkpoint or keep this weight float"
+        )
+
+
+def _check_stats(stats: Mapping[str, LayerStats], plan: Plan) -> None:
+    shapes = {entry.path: entry.shape for entry in plan.entries}
+    for path, layer in stats.items():
+        if path not in shapes:
+            raise ValueError(f"{path}: `stats` must name leaves of `params`, got this path; it has {', '.join(shapes)}")
+        if tuple(np.shape(layer.total)) != shapes[path]:
+            raise ValueError(
+                f"{path}: `stats` must have the weight's shape {shapes[path]}, got {np.shape(layer.total)}; "
+                "start from LayerStats.zeros(weight.shape)"
+            )

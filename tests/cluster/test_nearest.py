@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.cluster.vq import vq as scipy_vq
+
+from jaxvq.ops.nearest import nearest, vq
+
+
+def brute_force(points, codebook, weights=None):
+    """Codes and squared distances in float64."""
+    difference = np.asarray(points, np.float64)[:, None, :] - np.asarray(codebook, np.float64)[None]
+    squares = difference**2 if weights is None else np.asarray(weights, np.float64)[:, None, :] * difference**2
+    distances = squares.sum(axis=-1)
+    return distances.argmin(axis=1), distances
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(0, 3, 2), (1, 1, 1), (7, 16, 3), (1000, 13, 4), (5000, 256, 8), (300, 2000, 2)]
+)
+def test_equals_brute_force(n, k, d):
+    rng = np.random.default_rng(n)
+    points, codebook = rng.normal(size=(n, d)).astype("f"), rng.normal(size=(k, d)).astype("f")
+    codes = nearest(jnp.asarray(points), jnp.asarray(codebook))
+    assert codes.dtype == jnp.int32 and codes.shape == (n,)
+    np.testing.assert_array_equal(codes, brute_force(points, codebook)[0])
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_weighted_distance(d):
+    rng = np.random.default_rng(0)
+    points, codebook = rng.normal(size=(500, d)).astype("f"), rng.normal(size=(32, d)).astype("f")
+    weights = rng.uniform(0.01, 4, size=(500, d)).astype("f")
+    codes = nearest(jnp.asarray(points), jnp.asarray(codebook), weights=jnp.asarray(weights))
+    np.testing.assert_array_equal(codes, brute_force(points, codebook, weights)[0])
+
+
+def test_far_from_the_origin():
+    rng = np.random.default_rng(1)
+    points = (rng.normal(size=(2000, 8)) + 1000).astype("f")
+    codebook = (rng.normal(size=(64, 8)) + 1000).astype("f")
+    np.testing.assert_array_equal(nearest(jnp.asarray(points), jnp.asarray(codebook)), brute_force(points, codebook)[0])
+
+
+def test_a_tie_goes_to_the_lowest_index():
+    points = jnp.array([[0.0, 0.0], [3.0, 1.0]])
+    codebook = jnp.array([[9.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert nearest(points, codebook).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8])
+def test_narrow_dtypes_are_compared_in_float32(dtype):
+    rng = np.random.default_rng(2)
+    points = jnp.asarray(rng.normal(size=(3000, 4)) * 20).astype(dtype)
+    codebook = jnp.asarray(rng.normal(size=(200, 4)) * 20).astype(dtype)
+    codes = np.asarray(nearest(points, codebook))
+    _, distances = brute_force(np.asarray(points, "f"), np.asarray(codebook, "f"))
+    np.testing.assert_allclose(distances[np.arange(3000), codes], distances.min(axis=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_point_with_nan_still_gets_a_code_of_the_codebook():
+    codes = nearest(jnp.array([[jnp.nan, 0.0], [jnp.inf, 0.0], [1.0, 1.0]]), jnp.eye(2) * 5)
+    assert int(codes.max()) < 2
+
+
+def test_jit_and_vmap_give_the_same_codes():
+    points = jax.random.normal(jax.random.key(0), (3, 400, 4))
+    codebooks = jax.random.normal(jax.random.key(1), (3, 16, 4))
+    plain = jnp.stack([nearest(p, c) for p, c in zip(points, codebooks, strict=True)])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(nearest))(points, codebooks), plain)
+
+
+@pytest.mark.parametrize("d", [None, 1, 5])
+def test_vq_equals_scipy(d):
+    rng = np.random.default_rng(3)
+    shape = () if d is None else (d,)
+    observations, codebook = rng.normal(size=(700, *shape)), rng.normal(size=(30, *shape))
+    codes, diff = vq(observations.astype("f"), codebook.astype("f"))
+    expected_codes, expected_diff = scipy_vq(observations.astype("f"), codebook.astype("f"))
+    np.testing.assert_array_equal(codes, expected_codes)
+    np.testing.assert_allclose(diff, expected_diff, atol=2e-6)
+
+
+def test_errors():
+    points, codebook = jnp.zeros((4, 2)), jnp.zeros((3, 2))
+    with pytest.raises(ValueError, match=r"`points` must be \[n, d\] and `codebook` \[k, d\].*\(4,\)"):
+        nearest(jnp.zeros(4), codebook)
+    with pytest.raises(ValueError, match=r"same d .*got \(4, 2\) and \(3, 5\)"):
+        nearest(points, jnp.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"k of at least 1"):
+        nearest(points, jnp.zeros((0, 2)))
+    with pytest.raises(ValueError, match=r"`weights` must have the shape of `points` \(4, 2\), got \(4,\)"):
+        nearest(points, codebook, weights=jnp.ones(4))
+    with pytest.raises(TypeError, match="`codebook` must hold real numbers, got dtype complex64"):
+        nearest(points, codebook.astype(jnp.complex64))
+    with pytest.raises(ValueError, match=r"`observations` must be"):
+        vq(jnp.zeros(4), codebook)

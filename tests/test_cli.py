@@ -1,0 +1,404 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import jaxvq
+from jaxvq import _stream, cli, storage
+from jaxvq.metrics import decode
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small checkpoint of PyTorch names: (path, arrays)."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "conv.weight": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        "fc.weight": rng.normal(size=(6, 36)).astype(np.float32),
+        "fc.bias": rng.normal(size=6).astype(np.float32),
+        "steps": np.array(7, np.int64),
+    }
+    save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt", "by": "me"})
+    return tmp_path / "model.safetensors", arrays
+
+
+def run(capsys, *args):
+    """(exit code, standard output, standard error) of `jaxvq args`."""
+    code = cli.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def failed(capsys, *args):
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("jaxvq: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# -- the four commands
+
+
+def test_quantize_then_dequantize(capsys, checkpoint, tmp_path):
+    path, arrays = checkpoint
+    code, out, err = run(capsys, "quantize", path, "-o", tmp_path / "q", "--bits", 3, "--per", "channel")
+    assert (code, err) == (0, "")
+    assert "KMeans(bits=3, per='channel')" in out
+    loaded = storage.load(tmp_path / "q")
+    assert set(loaded) == set(arrays)
+    assert same(np.asarray(loaded["steps"]), arrays["steps"])
+    assert same(np.asarray(loaded["fc.bias"]), arrays["fc.bias"])
+
+    assert run(capsys, "dequantize", tmp_path / "q", "-o", tmp_path / "d") == (0, "", "")
+    plain = load_file(tmp_path / "d")
+    with safe_open(tmp_path / "d", "numpy") as file:
+        assert file.metadata() == {"format": "pt", "by": "me"}
+    assert {name: (a.shape, a.dtype) for name, a in plain.items()} == {
+        name: (a.shape, a.dtype) for name, a in arrays.items()
+    }
+    assert same(plain["conv.weight"], np.asarray(decode(loaded["conv.weight"])))
+    assert same(plain["steps"], arrays["steps"])
+    for row, column in zip(plain["fc.weight"], arrays["fc.weight"], strict=True):  # axis 0 is out
+        assert len(set(row.tolist())) <= 8 < len(set(column.tolist()))
+
+
+def test_quantize_is_what_the_library_does(capsys, checkpoint, tmp_path):
+    path, arrays = checkpoint
+    run(capsys, "quantize", path, "-o", tmp_path / "q", "--bits", 2, "--seed", 5)
+    params = {name: jnp.asarray(a) for name, a in arrays.items() if name != "steps"}
+    expected = jaxvq.quantize_params(params, jaxvq.KMeans(bits=2), key=jax.random.key(5))
+    loaded = storage.load(tmp_path / "q")
+    for name, leaf in expected.items():
+        assert all(same(np.asarray(a), np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (leaf, loaded[name]))))
+
+
+def test_reports_add_up_to_the_file(capsys, checkpoint, tmp_path):
+    path, arrays = checkpoint
+    code, out, _ = run(capsys, "quantize", path, "-o", tmp_path / "q", "--bits", 4, "--json")
+    report = json.loads(out)
+    with storage.CheckpointReader(tmp_path / "q") as reader:
+        data = reader.file_nbytes - reader.header_nbytes
+    assert code == 0
+    assert report["total"]["nbytes"] == data
+    assert sum(leaf["nbytes"] for leaf in report["leaves"]) + report["checksums_nbytes"] == data
+    leaf = next(leaf for leaf in report["leaves"] if leaf["path"] == "fc.weight")
+    error = arrays["fc.weight"] - np.asarray(decode(storage.load(tmp_path / "q")["fc.weight"]))
+    expected = 10 * np.log10(np.sum(arrays["fc.weight"] ** 2) / np.sum(error**2))
+    assert leaf["sqnr_db"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_plan_is_what_quantize_does(capsys, checkpoint, tmp_path):
+    path, _ = checkpoint
+    code, out, err = run(capsys, "plan", path, "--bits", 4, "--json")
+    assert (code, err) == (0, "")
+    run(capsys, "quantize", path, "-o", tmp_path / "q", "--bits", 4)
+    planned = json.loads(out)
+    with storage.CheckpointReader(tmp_path / "q") as reader:
+        assert planned["total"]["nbytes"] == reader.file_nbytes - reader.header_nbytes
+    assert [leaf["path"] for leaf in planned["leaves"]] == ["conv.weight", "fc.bias", "fc.weight", "steps"]
+    assert all(leaf["note"] for leaf in planned["leaves"] if leaf["method"] == "float")
+
+
+def test_plan_reads_no_weights(capsys, checkpoint, monkeypatch):
+    monkeypatch.setattr(storage.CheckpointReader, "read", lambda *_: pytest.fail("read a weight"))
+    code, out, _ = run(capsys, "plan", checkpoint[0])
+    assert code == 0
+    assert "plan for" in out
+    assert "KMeans()" in out
+
+
+def test_inspect(capsys, checkpoint, tmp_path):
+    run(capsys, "quantize", checkpoint[0], "-o", tmp_path / "q", "--bits", 4)
+    code, out, err = run(capsys, "inspect", tmp_path / "q")
+    assert (code, err) == (0, "")
+    assert f"{(tmp_path / 'q').stat().st_size:,} bytes" in out
+    assert "codebook 16x1" in out
+    report = json.loads(run(capsys, "inspect", tmp_path / "q", "--json")[1])
+    assert report["format"] == "jaxvq"
+    assert report["metadata"] == {"format": "pt", "by": "me"}
+    assert report["header_nbytes"] + report["total"]["nbytes"] == report["file_nbytes"]
+
+
+def test_inspect_a_foreign_file(capsys, checkpoint):
+    code, out, _ = run(capsys, "inspect", checkpoint[0])
+    assert code == 0
+    assert "not a jaxvq file, a safetensors file of 4 tensors" in out
+    assert "4x3x3x3" in out
+    tensors = json.loads(run(capsys, "inspect", checkpoint[0], "--json")[1])["tensors"]
+    assert {"path": "fc.weight", "dtype": "F32", "shape": [6, 36], "nbytes": 864} in tensors
+
+
+def test_bfloat16_goes_through(capsys, tmp_path):
+    from jaxvq._container import tensor_of
+    from jaxvq._writer import Writer
+
+    array = jax.random.normal(jax.random.key(0), (8, 12), jnp.bfloat16)
+    with Writer(tmp_path / "x", [tensor_of("a/kernel", array)], {}) as writer:
+        writer.write("a/kernel", array)
+    assert run(capsys, "quantize", tmp_path / "x", "-o", tmp_path / "q", "--bits", 4)[0] == 0
+    assert run(capsys, "dequantize", tmp_path / "q", "-o", tmp_path / "d")[0] == 0
+    with storage.CheckpointReader(tmp_path / "d") as reader:
+        near = reader.read("a/kernel")
+    assert near.dtype == jnp.bfloat16
+    assert float(jnp.abs(near.astype(jnp.float32) - array.astype(jnp.float32)).max()) < 0.5
+
+
+# -- options
+
+
+def test_keep_and_out_axis(capsys, checkpoint):
+    options = ("--bits", 2, "--per", "channel", "--keep", "conv.*", "--out-axis", 1, "--json")
+    leaves = json.loads(run(capsys, "plan", checkpoint[0], *options)[1])["leaves"]
+    methods = {leaf["path"]: leaf["method"] for leaf in leaves}
+    assert methods["conv.weight"] == "float"
+    assert methods["fc.weight"] == "KMeans(bits=2, per='channel')"
+    tables = {leaf["path"]: leaf["codebook_nbytes"] for leaf in leaves}
+    assert tables["fc.weight"] == 36 * 4 * 4  # 36 columns, 4 centroids, 4 bytes
+
+
+def test_spec_file(capsys, checkpoint, tmp_path):
+    spec = jaxvq.Spec((jaxvq.Rule("conv.weight", None),), jaxvq.KMeans(bits=3))
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    leaves = json.loads(run(capsys, "plan", checkpoint[0], "--spec", tmp_path / "spec.json", "--json")[1])["leaves"]
+    methods = {leaf["path"]: leaf["method"] for leaf in leaves}
+    assert methods["conv.weight"] == "float"
+    assert methods["fc.weight"] == "KMeans(bits=3)"
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (("--method", "uniform", "--bits", 3, "--per", "12"), "Uniform(bits=3, per=12)"),
+        (("--method", "Symmetric", "--bits", 3), "Symmetric(bits=3)"),
+        (("--k", 13, "--codebook-dtype", "int8"), "KMeans(k=13, codebook_dtype='int8')"),
+        (("--method", "rowvq", "--fraction", 0.5), "RowVQ(fraction=0.5)"),
+        (("--method", "product", "--bits", 2, "--dim", 9, "--codebooks", "subspace"), "Product(bits=2, dim=9"),
+        (("--method", "residual", "--bits", 2, "--dim", 4, "--stages", 3), "Residual(stages=3, bits=2, dim=4"),
+    ],
+)
+def test_methods(capsys, checkpoint, options, method):
+    code, out, err = run(capsys, "plan", checkpoint[0], *options)
+    assert (code, err) == (0, "")
+    assert method in out
+
+
+# -- interrupts
+
+FAST = ("--method", "uniform")  # compiles least
+
+
+def stop_after(count):
+    """A progress bar that presses Ctrl-C after `count` leaves."""
+
+    def progress(items, text):
+        for done, item in enumerate(items):
+            if done == count and text != "measuring":
+                raise KeyboardInterrupt
+            yield item
+
+    return progress
+
+
+def noting(write, names):
+    """`write`, with the names of what is written put down."""
+
+    def wrapped(self, name, value):
+        names.append(name)
+        write(self, name, value)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("command", ["quantize", "dequantize"])
+def test_an_interrupted_run_resumes(capsys, checkpoint, tmp_path, monkeypatch, command):
+    source = checkpoint[0]
+    options = FAST if command == "quantize" else ()
+    if command == "dequantize":
+        run(capsys, "quantize", source, "-o", tmp_path / "q", *FAST)
+        source = tmp_path / "q"
+    run(capsys, command, source, "-o", tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", stop_after(2))
+        code, out, err = run(capsys, command, source, "-o", tmp_path / "x", *options)
+    assert (code, out) == (130, "")
+    assert "interrupted; run the same command again to go on from" in err
+    assert "x.partial" in err
+    assert not (tmp_path / "x").exists()
+
+    written = []
+    for writer in (storage.CheckpointWriter, _stream.Writer):
+        monkeypatch.setattr(writer, "write", noting(writer.write, written))
+    assert run(capsys, command, source, "-o", tmp_path / "x", *options)[0] == 0
+    assert {name.split("#")[0] for name in written} == {"fc.weight", "steps"}
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "x.partial").exists()
+
+
+@pytest.mark.parametrize("change", ["source", "seed", "spec"])
+def test_another_run_does_not_resume(capsys, checkpoint, tmp_path, monkeypatch, change):
+    path, arrays = checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", stop_after(2))
+        assert run(capsys, "quantize", path, "-o", tmp_path / "x", *FAST)[0] == 130
+    options = {"source": FAST, "seed": [*FAST, "--seed", 1], "spec": [*FAST, "--bits", 3]}
+    if change == "source":
+        save_file({**arrays, "conv.weight": arrays["conv.weight"] + 9}, path, metadata={"format": "pt", "by": "me"})
+        os.utime(path, ns=(1, 1))
+    run(capsys, "quantize", path, "-o", tmp_path / "x", *options[change])
+    run(capsys, "quantize", path, "-o", tmp_path / "whole", *options[change])
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_interrupted_inspect_has_nothing_to_resume(capsys, checkpoint, monkeypatch):
+    monkeypatch.setattr(cli, "inspect_file", lambda *_, **__: None)
+    monkeypatch.setattr(cli, "CheckpointReader", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(capsys, "inspect", checkpoint[0]) == (130, "", "jaxvq: interrupted\n")
+
+
+# -- bad input: one line, exit code 2, nothing half-written
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf(capsys, tmp_path, value):
+    bad = np.ones((4, 4), np.float32)
+    bad[1, 2] = value
+    save_file({"a.weight": np.eye(4, dtype=np.float32), "b.weight": bad}, tmp_path / "x")
+    assert "b.weight" in failed(capsys, "quantize", tmp_path / "x", "-o", tmp_path / "q", "--bits", 1)
+    assert files(tmp_path) == ["x"]
+
+
+def test_existing_output(capsys, checkpoint, tmp_path):
+    (tmp_path / "q").write_text("precious")
+    for command in ("quantize", "dequantize"):
+        source = checkpoint[0]
+        if command == "dequantize":
+            source = tmp_path / "source"
+            run(capsys, "quantize", checkpoint[0], "-o", source, *FAST)
+        assert "exists already" in failed(capsys, command, source, "-o", tmp_path / "q")
+        assert (tmp_path / "q").read_text() == "precious"
+    assert run(capsys, "quantize", checkpoint[0], "-o", tmp_path / "q", "--force", *FAST)[0] == 0
+    assert set(storage.load(tmp_path / "q")) == set(checkpoint[1])
+
+
+def test_missing_files(capsys, checkpoint, tmp_path):
+    for command in (["plan"], ["inspect"], ["quantize", "-o", "q"], ["dequantize", "-o", "q"]):
+        assert "nowhere: no such file" in failed(capsys, *command, tmp_path / "nowhere")
+    assert "does not exist" in failed(capsys, "quantize", checkpoint[0], "-o", tmp_path / "no" / "q")
+    assert "no such file" in failed(capsys, "plan", checkpoint[0], "--spec", tmp_path / "nospec")
+    assert "another file" in failed(capsys, "quantize", checkpoint[0], "-o", checkpoint[0], "--force")
+
+
+def test_bad_specs(capsys, checkpoint, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    assert "bad.json: `spec` must be JSON" in failed(capsys, "plan", checkpoint[0], "--spec", tmp_path / "bad.json")
+    assert "cannot be joined with `--bits`" in failed(capsys, "plan", checkpoint[0], "--spec", "x", "--bits", 4)
+    for content in ("[]", "3", '{"rules": 3}', '{"default": {"method": "Magic"}}', '{"what": 1}'):
+        (tmp_path / "odd.json").write_text(content)
+        assert "odd.json: " in failed(capsys, "plan", checkpoint[0], "--spec", tmp_path / "odd.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--keep", "nothing"], "nothing"),
+        (["--keep", "("], "("),
+        (["--bits", 0], "bits"),
+        (["--bits", 99], "bits"),
+        (["--per", "row"], "per"),
+        (["--dim", 4], "dim"),
+        (["--method", "product", "--k", 999], "weight"),
+        (["--out-axis", 7], "axis"),
+    ],
+)
+def test_options_that_do_not_fit(capsys, checkpoint, tmp_path, options, match):
+    error = failed(capsys, "quantize", checkpoint[0], "-o", tmp_path / "q", *options)
+    assert match in error
+    assert files(tmp_path) == ["model.safetensors"]
+
+
+def test_rules_on_integers_and_scalars(capsys, checkpoint, tmp_path):
+    spec = jaxvq.Spec((jaxvq.Rule("steps", jaxvq.KMeans(bits=2)),))
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    assert "steps" in failed(capsys, "plan", checkpoint[0], "--spec", tmp_path / "spec.json")
+
+
+def test_damaged_and_foreign_files(capsys, checkpoint, tmp_path):
+    path = checkpoint[0]
+    assert "not a jaxvq file; `jaxvq quantize` makes" in failed(capsys, "dequantize", path, "-o", tmp_path / "d")
+    run(capsys, "quantize", path, "-o", tmp_path / "q", *FAST)
+    assert "quantized already" in failed(capsys, "quantize", tmp_path / "q", "-o", tmp_path / "qq")
+    assert "quantized already" in failed(capsys, "plan", tmp_path / "q")
+    data = bytearray((tmp_path / "q").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "q").write_bytes(data)
+    for command in (["inspect"], ["dequantize", "-o", tmp_path / "d"]):
+        assert "does not match its checksum" in failed(capsys, *command, tmp_path / "q")
+    (tmp_path / "q").write_bytes(data[:-3])
+    for command in (["inspect"], ["plan"], ["dequantize", "-o", tmp_path / "d"]):
+        assert "cut short" in failed(capsys, *command, tmp_path / "q")
+    assert files(tmp_path) == ["model.safetensors", "q"]
+
+
+def test_usage_errors(capsys):
+    for arguments in ([], ["quantize", "x"], ["melt"], ["plan", "x", "--method", "magic"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(arguments)
+        assert "usage: jaxvq" in capsys.readouterr().err
+
+
+# -- memory
+
+MEMORY = """
+import resource, sys
+from jaxvq import cli
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def run(*args):
+    assert cli.main(args) == 0, args
+small, large, folder = sys.argv[1:4]
+options = sys.argv[4:]
+run("quantize", small, "-o", folder + "/s.q", *options)  # the fixed base: everything imported and set up
+run("dequantize", folder + "/s.q", "-o", folder + "/s.d")
+base = peak()
+run("quantize", large, "-o", folder + "/l.q", *options)
+first = peak()
+run("inspect", folder + "/l.q")
+run("dequantize", folder + "/l.q", "-o", folder + "/l.d")
+print(first - base, peak() - base, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_stays_below_four_tensors(tmp_path, dtype):
+    from jaxvq._container import Tensor
+    from jaxvq._writer import Writer
+
+    code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    rows = 8192 if dtype == "float32" else 16384
+    for name, sizes in (("small", (64, 64)), ("large", (rows, 4096))):
+        tensors = [Tensor(f"{layer}.weight", code, sizes) for layer in "abc"]
+        with Writer(tmp_path / name, tensors, {}) as writer:
+            for seed, tensor in enumerate(tensors):
+                values = np.random.default_rng(seed).standard_normal(sizes, np.float32)
+                writer.write(tensor.name, values.astype(jnp.dtype(dtype)))
+    arguments = [str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path), "--bits", "4", "--per", "channel"]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
+    largest = rows * 4096 * jnp.dtype(dtype).itemsize
+    for used in done.stderr.split()[-2:]:
+        assert int(used) < 4 * largest, f"{int(used) / largest:.2f} times the largest tensor"
