@@ -26,6 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import rich.box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -52,6 +53,7 @@ class Config:
       repeats: timed runs of each contender; scikit-learn runs once.
       threads: for faiss.
       seed: of data and codebooks.
+      out: the folder of the chart.
     """
 
     vectors: int = 131_072
@@ -63,6 +65,7 @@ class Config:
     repeats: int = 7
     threads: int = 2
     seed: int = 0
+    out: pathlib.Path = pathlib.Path("runs/bench_kmeans")
 
 
 SMOKE = Config(vectors=8_192, weight=128, scalars=8_192, exact_scalars=2_000, k=32, iterations=5, repeats=2)
@@ -86,15 +89,21 @@ class Problem:
     contenders: tuple[Contender, ...]
 
 
-def main(config: Config, console: Console, out: pathlib.Path) -> dict[str, Any]:
-    """Runs every problem; returns `{"config", "rows"}`, one row per contender."""
+def main(config: Config) -> dict[str, Any]:
+    """Runs every problem; returns `{"config", "device", "rows"}`, one row per contender, and draws them."""
+    console = Console()
     peers = {name: find(name, console) for name in ("faiss", "sklearn", "kmeans1d")}
     problems = [make(config, peers) for make in (vector_problem, weight_problem, scalar_problem, exact_problem)]
     rows = [row for problem in problems for row in measure(problem, config, console)]
     console.print(as_table(rows))
-    out.mkdir(parents=True, exist_ok=True)
-    draw(rows, out / "bench_kmeans.png")
-    return {"config": dataclasses.asdict(config), "device": jax.devices()[0].device_kind, "rows": rows}
+    config.out.mkdir(parents=True, exist_ok=True)
+    draw(rows, config.out / "bench_kmeans.png")
+    console.print(f"written to {config.out / 'bench_kmeans.png'}")
+    return {
+        "config": dataclasses.asdict(config) | {"out": str(config.out)},
+        "device": jax.devices()[0].device_kind,
+        "rows": rows,
+    }
 
 
 def find(name: str, console: Console) -> Any:
@@ -217,7 +226,7 @@ def distortion(points: np.ndarray, codebook: np.ndarray) -> float:
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("problem", "contender", "seconds", "ratio", "first call", "squared error", "ratio")
+    table = Table("problem", "contender", "seconds", "ratio", "first call", "error", "ratio", box=rich.box.SIMPLE_HEAD)
     for row in rows:
         first = "" if row["first_seconds"] is None else f"{row['first_seconds']:.2f}"
         times = f"{row['seconds']:.3f}", f"{row['time_ratio']:.2f}", first
@@ -245,9 +254,9 @@ def cli() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes, a few seconds")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows to FILE")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FOLDER", default=pathlib.Path("experiments/figures"))
+    parser.add_argument("--out", type=pathlib.Path, metavar="FOLDER", default=Config.out)
     arguments = parser.parse_args()
-    result = main(SMOKE if arguments.smoke else Config(), Console(), arguments.out)
+    result = main(dataclasses.replace(SMOKE if arguments.smoke else Config(), out=arguments.out))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

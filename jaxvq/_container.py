@@ -123,7 +123,7 @@ class Reader:
             self.close()
             raise
 
-    def __enter__(self) -> "Reader":  # noqa: PYI034 (the shape checks of the tests know no Self)
+    def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *exc: object) -> None:

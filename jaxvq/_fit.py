@@ -4,6 +4,7 @@ Only the cluster programs depend on the number of points, and they see it padded
 after them depend on the layout and are small.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 
 from jaxvq._numerics import safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
-from jaxvq.bits import PackedCodes, pack, packed_struct
+from jaxvq.bits import pack, zero_codes
 from jaxvq.cluster.buckets import map_problems, pad_problems
 from jaxvq.cluster.product import fit_product
 from jaxvq.cluster.residual import encode_residual, fit_residual
@@ -126,22 +127,21 @@ def encode(
     groups, outs = layout.grid
     vectors = layout.to_vectors(weight)
     importance = None if weights is None or layout.dim == 1 else layout.to_vectors(weights)
-    struct = packed_struct(groups, outs, stages, code_bits(k))
+    zeros = zero_codes(groups, outs, stages, code_bits(k))
     # Packed along `out`, a word holds codes of several columns, so the columns cannot be packed apart.
-    columns = outs if struct.axis == 1 else min(outs, max(1, CODES_AT_ONCE // groups))
+    columns = outs if zeros.axis == 1 else min(outs, max(1, CODES_AT_ONCE // groups))
 
     def some(step: Integer[Array, ""], words: Array) -> Array:
         start = jnp.minimum(step * columns, outs - columns)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=columns, axis=1)
         part = tables if tables.shape[1] == 1 else cut(tables)
         codes = _codes(cut(vectors), None if importance is None else cut(importance), part)
-        packed = pack(codes, struct.bits, axis=struct.axis)
-        return packed.words if struct.axis else jax.lax.dynamic_update_slice_in_dim(words, packed.words, start, axis=1)
+        packed = pack(codes, zeros.bits, axis=zeros.axis)
+        return packed.words if zeros.axis else jax.lax.dynamic_update_slice_in_dim(words, packed.words, start, axis=1)
 
     steps = -(-outs // columns)
-    words = jax.lax.fori_loop(0, steps, some, jnp.zeros(struct.words.shape, jnp.uint32))
-    codes = PackedCodes(words, bits=struct.bits, length=struct.length, axis=struct.axis)
-    return QuantizedArray(codes, codebook, layout)
+    words = jax.lax.fori_loop(0, steps, some, zeros.words)
+    return QuantizedArray(dataclasses.replace(zeros, words=words), codebook, layout)
 
 
 def _codes(

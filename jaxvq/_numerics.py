@@ -11,6 +11,23 @@ def safe_divide(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, 
     return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
 
 
-def matmul(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i l"]:
+def matmul(a: Float[Array, "*i j"], b: Float[Array, "j l"]) -> Float[Array, "*i l"]:
     """`a @ b` in float32: a bfloat16 or TF32 product moves nearly one point in a hundred to a wrong centroid."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def running_sum(values: Float[Array, "*rows n"]) -> Float[Array, "*rows n1"]:
+    """Sums of the first 0, 1, ... n values along the last axis, in float32 (counts are exact below 2**24).
+
+    Blocks of 256 times a triangle of ones, then the sums of the blocks likewise. `jnp.cumsum` unrolls into hundreds
+    of operations, which take a second to compile, and one long sum would lose more digits.
+    """
+    n = values.shape[-1]
+    length = min(n, 256)
+    rows = jnp.pad(values, (*((0, 0),) * (values.ndim - 1), (0, -n % length))).reshape(*values.shape[:-1], -1, length)
+    inside = matmul(rows, jnp.triu(jnp.ones((length, length + 1)), 1))
+    if n == length:
+        return inside[..., 0, :]
+    before = running_sum(inside[..., -1])
+    sums = (before[..., :-1, None] + inside[..., :-1]).reshape(*values.shape[:-1], -1)
+    return jnp.concatenate([sums[..., :n], before[..., -1:]], axis=-1)

@@ -26,12 +26,12 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     Unflattening does not run `__init__`: inside a transformation the children may be tracers, shapes or
     bare `object()`s, none of which a check in `__init__` should see.
     """
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    leaves = tuple(f.name for f in fields if not f.metadata.get("static"))
-    statics = tuple(f.name for f in fields if f.metadata.get("static"))
+    data_cls: Any = dataclasses.dataclass(frozen=True)(cls)
+    every_field = dataclasses.fields(data_cls)
+    leaves = tuple(field.name for field in every_field if not field.metadata.get("static"))
+    statics = tuple(field.name for field in every_field if field.metadata.get("static"))
 
-    def flatten_with_keys(node: Any) -> tuple[tuple[tuple[GetAttrKey, Any], ...], tuple[Any, ...]]:
+    def flatten_with_keys(node: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         children = tuple((GetAttrKey(name), getattr(node, name)) for name in leaves)
         return children, tuple(getattr(node, name) for name in statics)
 
@@ -39,13 +39,13 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
         return tuple(getattr(node, name) for name in leaves), tuple(getattr(node, name) for name in statics)
 
     def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Any:
-        node: Any = object.__new__(cls)
+        node: Any = object.__new__(data_cls)
         for name, value in (*zip(leaves, children, strict=True), *zip(statics, aux, strict=True)):
             object.__setattr__(node, name, value)
         return node
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    jax.tree_util.register_pytree_with_keys(data_cls, flatten_with_keys, unflatten, flatten)
+    return data_cls
 
 
 def key_name(key: Any) -> str:

@@ -117,7 +117,9 @@ def _keep_dtype(entry: PlanEntry, dtype: str) -> PlanEntry:
 
 
 def _template(entry: PlanEntry) -> Any:
-    return jax.ShapeDtypeStruct(entry.shape, np.dtype(jnp.dtype(entry.dtype))) if entry.template is None else entry.template
+    if entry.template is not None:
+        return entry.template
+    return jax.ShapeDtypeStruct(entry.shape, np.dtype(jnp.dtype(entry.dtype)))
 
 
 def _token(source: CheckpointReader, settings: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ class Writer:
             self._close(type(error))
             raise
 
-    def __enter__(self) -> "Writer":  # noqa: PYI034 (the shape checks of the tests know no Self)
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:

@@ -41,7 +41,7 @@ class Affine(AbstractDecoder):
     """
 
     scale: Float[Array, "*stack g_blocks out_blocks 1"]
-    zero_point: Float[Array, "*stack g_blocks out_blocks 1"] | None = None
+    zero_point: Float[Array, "*stack g_zeros out_zeros 1"] | None = None
 
     def decode(self, codes: Integer[Array, "g out m"], bits: int) -> Float[Array, "g out d"]:
         grid = (codes.shape[0], codes.shape[1])
@@ -202,6 +202,7 @@ class QuantizedArray:
             )
 
 
+@jax.jit
 def _dequantize(array: QuantizedArray) -> Shaped[Array, "..."]:
     codes = unpack(array.codes)
     return array.layout.from_vectors(array.decoder.decode(codes, array.codes.bits))
@@ -229,7 +230,12 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """The tree that `partition` split."""
+    """The tree that `partition` split.
+
+    Example:
+      >>> combine({"w": 1.0, "step": None}, {"w": None, "step": 3})
+      {'step': 3, 'w': 1.0}
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)
 
 
@@ -239,7 +245,7 @@ def _keep(leaf: Any, *, floating: bool) -> Any:
 
 def symmetric_zero(bits: int) -> float:
     """The code that stands for zero when the levels are symmetric."""
-    return 2 ** (bits - 1) - 1 if bits > 1 else 0.5
+    return 2.0 ** (bits - 1) - 1 if bits > 1 else 0.5
 
 
 def spread(blocks: Shaped[Array, "g_blocks out_blocks *rest"], grid: tuple[int, int]) -> Shaped[Array, "..."]:

@@ -5,7 +5,6 @@ The codes along one axis form a stream of bits, lowest bit first: code `i` fills
 end in the next, so `n` codes take `ceil(n * bits / 32)` words and no more.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt32
@@ -96,9 +95,9 @@ def check_bits(bits: int, most: int) -> None:
         raise ValueError(f"`bits` must be a whole number from 1 to {most}, got {bits!r}; use for example bits=4")
 
 
-def packed_struct(groups: int, outs: int, stages: int, bits: int) -> PackedCodes:
-    """What `pack` returns for codes `[groups, outs, stages]`, as shapes only."""
+def zero_codes(groups: int, outs: int, stages: int, bits: int) -> PackedCodes:
+    """What `pack` returns for codes `[groups, outs, stages]` that are all zero."""
     axis = packed_axis(groups, outs, bits)
     length = outs if axis else groups
     shape = (groups, word_count(outs, bits), stages) if axis else (word_count(groups, bits), outs, stages)
-    return PackedCodes(jax.ShapeDtypeStruct(shape, jnp.uint32), bits=bits, length=length, axis=axis)  # type: ignore[arg-type]
+    return PackedCodes(jnp.zeros(shape, jnp.uint32), bits=bits, length=length, axis=axis)

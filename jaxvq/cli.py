@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = getattr(args, "output", None)
         kept = target is not None and Path(f"{target}.partial").exists()
         hint = f"; run the same command again to go on from {target}.partial" if kept else ""
-        print(f"jaxvq: interrupted{hint}", file=sys.stderr)
+        print(f"jaxvq: interrupted{hint}", file=sys.stderr, flush=True)
+        if argv is None:  # JAX may still be computing, and crashes when Python tidies up around it
+            os._exit(INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxvq import _fit
 from jaxvq.array import Affine, Codebook, QuantizedArray
-from jaxvq.bits import MAX_BITS, check_bits, packed_struct
+from jaxvq.bits import MAX_BITS, check_bits, zero_codes
 from jaxvq.layout import Layout
 
 AFFINE_BITS = 8
@@ -100,8 +100,7 @@ class Uniform(AbstractMethod):
         return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
 
     def template(self, layout: Layout) -> QuantizedArray:
-        scale = jax.ShapeDtypeStruct((*_blocks(layout, self.per), 1), jnp.float32)
-        return _template(layout, Affine(scale, scale), 1, self.bits)  # type: ignore[arg-type]
+        return _affine_template(layout, self.per, self.bits, has_zero_point=True)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key, weights
@@ -139,8 +138,7 @@ class Symmetric(AbstractMethod):
         return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
 
     def template(self, layout: Layout) -> QuantizedArray:
-        scale = jax.ShapeDtypeStruct((*_blocks(layout, self.per), 1), jnp.float32)
-        return _template(layout, Affine(scale), 1, self.bits)  # type: ignore[arg-type]
+        return _affine_template(layout, self.per, self.bits, has_zero_point=False)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key, weights
@@ -408,14 +406,23 @@ def _blocks(layout: Layout, per: Per) -> tuple[int, int]:
     return (1, outs) if per == "channel" else (1, 1)
 
 
-def _template(layout: Layout, decoder: Any, stages: int, bits: int) -> QuantizedArray:
-    return QuantizedArray(packed_struct(*layout.grid, stages, bits), decoder, layout)
+def _affine_template(layout: Layout, per: Per, bits: int, *, has_zero_point: bool) -> QuantizedArray:
+    def build() -> QuantizedArray:
+        scale = jnp.zeros((*_blocks(layout, per), 1))
+        return QuantizedArray(
+            zero_codes(*layout.grid, 1, bits), Affine(scale, scale if has_zero_point else None), layout
+        )
+
+    return jax.eval_shape(build)
 
 
 def _codebook_template(layout: Layout, shape: tuple[int, int, int, int, int], dtype: str) -> QuantizedArray:
-    scale = jax.ShapeDtypeStruct((*shape[:3], 1, 1), jnp.float32) if dtype == "int8" else None
-    decoder = Codebook(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), scale)  # type: ignore[arg-type]
-    return _template(layout, decoder, shape[2], _fit.code_bits(shape[3]))
+    def build() -> QuantizedArray:
+        scale = jnp.zeros((*shape[:3], 1, 1)) if dtype == "int8" else None
+        codes = zero_codes(*layout.grid, shape[2], _fit.code_bits(shape[3]))
+        return QuantizedArray(codes, Codebook(jnp.zeros(shape, dtype), scale), layout)
+
+    return jax.eval_shape(build)
 
 
 def _entries(bits: int | None, k: int | None, *, default_bits: int) -> int:

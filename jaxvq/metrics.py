@@ -121,7 +121,7 @@ class Report:
         measured = [leaf for leaf in self.leaves if leaf.signal is not None and leaf.noise is not None]
         if not measured:
             return None
-        return decibels(sum(leaf.signal or 0 for leaf in measured), sum(leaf.noise or 0 for leaf in measured))
+        return decibels(sum(leaf.signal or 0.0 for leaf in measured), sum(leaf.noise or 0.0 for leaf in measured))
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values. An infinite or unmeasured SQNR is null; `exact` tells which."""

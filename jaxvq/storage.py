@@ -29,7 +29,7 @@ A leaf with neither is the tensor of that name, as it is.
 | `axis` | 0: codes are packed along `g`; 1: along `out` |
 | `length` | codes along that axis |
 | `stack` | sizes of the leading axes that stack layers (`[]`: none); every tensor below begins with them |
-| `layout` | `shape`, `dtype` (its name in numpy), `out_axis`, `in_axis` (or null), `dim`, `pad`, `along_out`: of one layer |
+| `layout` | of one layer: `shape`, `dtype` (its name), `out_axis`, `in_axis` (or null), `dim`, `pad`, `along_out` |
 
 and its tensors, `S` for the stacked axes and `w` for packed words:
 
@@ -176,7 +176,7 @@ class CheckpointReader:
             self.container.close()
             raise
 
-    def __enter__(self) -> "CheckpointReader":  # noqa: PYI034 (the shape checks of the tests know no Self)
+    def __enter__(self) -> "CheckpointReader":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -276,7 +276,7 @@ class CheckpointWriter:
         self._writer = Writer(path, tensors, texts, checksums=True, force=force, token=token)
         self.partial = self._writer.partial
 
-    def __enter__(self) -> "CheckpointWriter":  # noqa: PYI034 (the shape checks of the tests know no Self)
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:

@@ -80,7 +80,7 @@ def decode_value(entry, parts, place, grid):
 
     def pick(name):
         array = parts[name]
-        block = [at * side // length for at, side, length in zip((g, out), array.shape, grid)]
+        block = [at * side // length for at, side, length in zip((g, out), array.shape[:2], grid, strict=True)]
         return array[tuple(block)]
 
     stages = parts["codes"].shape[2]

@@ -12,7 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 import jaxvq
 from jaxvq import _stream, cli, storage
+from jaxvq._container import tensor_of
+from jaxvq._writer import Writer
 from jaxvq.metrics import decode
+
+FAST = ("--method", "uniform")  # compiles least
 
 
 @pytest.fixture
@@ -81,12 +85,13 @@ def test_quantize_is_what_the_library_does(capsys, checkpoint, tmp_path):
     expected = jaxvq.quantize_params(params, jaxvq.KMeans(bits=2), key=jax.random.key(5))
     loaded = storage.load(tmp_path / "q")
     for name, leaf in expected.items():
-        assert all(same(np.asarray(a), np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (leaf, loaded[name]))))
+        pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(loaded[name]), strict=True)
+        assert all(same(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
 def test_reports_add_up_to_the_file(capsys, checkpoint, tmp_path):
     path, arrays = checkpoint
-    code, out, _ = run(capsys, "quantize", path, "-o", tmp_path / "q", "--bits", 4, "--json")
+    code, out, _ = run(capsys, "quantize", path, "-o", tmp_path / "q", "--json", *FAST)
     report = json.loads(out)
     with storage.CheckpointReader(tmp_path / "q") as reader:
         data = reader.file_nbytes - reader.header_nbytes
@@ -141,18 +146,15 @@ def test_inspect_a_foreign_file(capsys, checkpoint):
 
 
 def test_bfloat16_goes_through(capsys, tmp_path):
-    from jaxvq._container import tensor_of
-    from jaxvq._writer import Writer
-
     array = jax.random.normal(jax.random.key(0), (8, 12), jnp.bfloat16)
     with Writer(tmp_path / "x", [tensor_of("a/kernel", array)], {}) as writer:
         writer.write("a/kernel", array)
-    assert run(capsys, "quantize", tmp_path / "x", "-o", tmp_path / "q", "--bits", 4)[0] == 0
+    assert run(capsys, "quantize", tmp_path / "x", "-o", tmp_path / "q", *FAST)[0] == 0
     assert run(capsys, "dequantize", tmp_path / "q", "-o", tmp_path / "d")[0] == 0
     with storage.CheckpointReader(tmp_path / "d") as reader:
         near = reader.read("a/kernel")
     assert near.dtype == jnp.bfloat16
-    assert float(jnp.abs(near.astype(jnp.float32) - array.astype(jnp.float32)).max()) < 0.5
+    assert float(jnp.abs(near.astype(jnp.float32) - array.astype(jnp.float32)).max()) < 0.05
 
 
 # -- options
@@ -195,8 +197,6 @@ def test_methods(capsys, checkpoint, options, method):
 
 
 # -- interrupts
-
-FAST = ("--method", "uniform")  # compiles least
 
 
 def stop_after(count):
@@ -261,6 +261,32 @@ def test_another_run_does_not_resume(capsys, checkpoint, tmp_path, monkeypatch, 
     assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+INTERRUPT = """
+import os, signal, sys
+import jax.numpy as jnp
+from jaxvq import cli
+def progress(items, text):
+    yield items[0]
+    product = jnp.ones((2000, 2000))
+    for _ in range(50):
+        product = product @ product  # still running when Python ends
+    os.kill(os.getpid(), signal.SIGINT)
+    yield items[1]
+cli._progress = progress
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_ends_cleanly(checkpoint, tmp_path):
+    arguments = ["quantize", str(checkpoint[0]), "-o", str(tmp_path / "q"), *FAST]
+    done = subprocess.run([sys.executable, "-c", INTERRUPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.startswith("jaxvq: interrupted; run the same command again")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "q.partial").exists()
+
+
 def test_an_interrupted_inspect_has_nothing_to_resume(capsys, checkpoint, monkeypatch):
     monkeypatch.setattr(cli, "inspect_file", lambda *_, **__: None)
     monkeypatch.setattr(cli, "CheckpointReader", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -279,7 +305,7 @@ def test_nan_and_inf(capsys, tmp_path, value):
     bad = np.ones((4, 4), np.float32)
     bad[1, 2] = value
     save_file({"a.weight": np.eye(4, dtype=np.float32), "b.weight": bad}, tmp_path / "x")
-    assert "b.weight" in failed(capsys, "quantize", tmp_path / "x", "-o", tmp_path / "q", "--bits", 1)
+    assert "b.weight" in failed(capsys, "quantize", tmp_path / "x", "-o", tmp_path / "q", *FAST)
     assert files(tmp_path) == ["x"]
 
 
@@ -360,45 +386,3 @@ def test_usage_errors(capsys):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
         assert "usage: jaxvq" in capsys.readouterr().err
-
-
-# -- memory
-
-MEMORY = """
-import resource, sys
-from jaxvq import cli
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def run(*args):
-    assert cli.main(args) == 0, args
-small, large, folder = sys.argv[1:4]
-options = sys.argv[4:]
-run("quantize", small, "-o", folder + "/s.q", *options)  # the fixed base: everything imported and set up
-run("dequantize", folder + "/s.q", "-o", folder + "/s.d")
-base = peak()
-run("quantize", large, "-o", folder + "/l.q", *options)
-first = peak()
-run("inspect", folder + "/l.q")
-run("dequantize", folder + "/l.q", "-o", folder + "/l.d")
-print(first - base, peak() - base, file=sys.stderr)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_stays_below_four_tensors(tmp_path, dtype):
-    from jaxvq._container import Tensor
-    from jaxvq._writer import Writer
-
-    code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    rows = 8192 if dtype == "float32" else 16384
-    for name, sizes in (("small", (64, 64)), ("large", (rows, 4096))):
-        tensors = [Tensor(f"{layer}.weight", code, sizes) for layer in "abc"]
-        with Writer(tmp_path / name, tensors, {}) as writer:
-            for seed, tensor in enumerate(tensors):
-                values = np.random.default_rng(seed).standard_normal(sizes, np.float32)
-                writer.write(tensor.name, values.astype(jnp.dtype(dtype)))
-    arguments = [str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path), "--bits", "4", "--per", "channel"]
-    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
-    largest = rows * 4096 * jnp.dtype(dtype).itemsize
-    for used in done.stderr.split()[-2:]:
-        assert int(used) < 4 * largest, f"{int(used) / largest:.2f} times the largest tensor"

@@ -219,7 +219,8 @@ def test_a_code_beyond_the_codebook(tmp_path):
 def test_decoders_of_another_layout(tmp_path, decoder, match):
     array = palette(bits=3, k=7)
     storage.save(tmp_path / "hostile", {"w": QuantizedArray(array.codes, decoder(), array.layout)})
-    pytest.raises(FileFormatError, storage.load, tmp_path / "hostile").match(match)
+    with pytest.raises(FileFormatError, match=match):
+        storage.load(tmp_path / "hostile")
 
 
 def test_dtypes_that_jax_would_narrow(tmp_path):

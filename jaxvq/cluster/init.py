@@ -37,10 +37,10 @@ def kmeans_plus_plus(
     Source: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", 2007.
     """
     sample_key, key = jax.random.split(key)
-    weights = jnp.ones(points.shape[0]) if weights is None else weights.astype(jnp.float32)
     if points.shape[0] > max(SAMPLE, 4 * k):
-        rows = sample(sample_key, weights > 0, max(SAMPLE, 4 * k))
-        points, weights = points[rows], weights[rows]
+        rows = sample(sample_key, points.shape[0] if weights is None else weights > 0, max(SAMPLE, 4 * k))
+        points, weights = points[rows], None if weights is None else weights[rows]
+    weights = jnp.ones(points.shape[0]) if weights is None else weights.astype(jnp.float32)
     x = points.astype(jnp.float32).T
     batch = -(-k // ROUNDS)
     rounds = -(-k // batch)
@@ -57,12 +57,13 @@ def kmeans_plus_plus(
     return chosen.reshape(rounds * batch, -1)[:k]
 
 
-def sample(key: Array, real: Bool[Array, " n"], size: int) -> Int[Array, " size"]:
-    """Indices of `size` of the real points: one at random from each of `size` equal stretches of them."""
-    upto = jnp.cumsum(real.astype(jnp.int32))
+def sample(key: Array, real: Bool[Array, " n"] | int, size: int) -> Int[Array, " size"]:
+    """Indices of `size` of the real points (`int`: all of so many): one at random from each of `size` stretches."""
+    upto = None if isinstance(real, int) else jnp.cumsum(real.astype(jnp.int32))
+    total = real if upto is None else upto[-1]
     places = (jnp.arange(size) + jax.random.uniform(key, (size,))) / size
-    nth = jnp.minimum((places * upto[-1]).astype(jnp.int32), upto[-1] - 1)
-    return jnp.searchsorted(upto, nth, side="right")
+    nth = jnp.minimum((places * total).astype(jnp.int32), total - 1)
+    return nth if upto is None else jnp.searchsorted(upto, nth, side="right")
 
 
 def draw(mass: Float[Array, " n"], place: Float[Array, ""]) -> Int[Array, ""]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxvq.cluster.init import kmeans_plus_plus
 from jaxvq.cluster.kmeans import kmeans
+from jaxvq.ops.nearest import chunk_length
 
 
 @functools.partial(jax.jit, static_argnames=("k", "iterations"))
@@ -40,12 +41,16 @@ def fit_product(
     the Bit Goes Down: Revisiting the Quantization of Neural Networks", 2020, arXiv 1907.05686.
     """
 
+    sets, n, _ = points.shape
+
     def fit(problem: tuple[Array, Array, Array | None]) -> Float[Array, "k d"]:
         key, x, w = problem
-        mass = jnp.ones(x.shape[0]) if w is None else w.reshape(x.shape[0], -1).mean(axis=1)
+        mass = None if w is None else w.reshape(n, -1).mean(axis=1)
         if count is not None:
-            mass = jnp.where(jnp.arange(x.shape[0]) < count, mass, 0)
+            mass = jnp.where(jnp.arange(n) < count, 1 if mass is None else mass, 0)
         start = kmeans_plus_plus(key, x, k, weights=mass)
         return kmeans(x, start, weights=w, iterations=iterations, count=count)
 
-    return lax.map(fit, (jax.random.split(key, points.shape[0]), points, weights))
+    batch = min(sets, max(1, chunk_length(n * sets, k) // n))  # as many at once as one tile of scores holds
+    batch = max(size for size in range(1, batch + 1) if sets % size == 0)
+    return lax.map(fit, (jax.random.split(key, sets), points, weights), batch_size=batch if batch > 1 else None)

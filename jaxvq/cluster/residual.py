@@ -55,21 +55,22 @@ def fit_residual(
     """
     n = points.shape[0]
     points = points.astype(jnp.float32)
-    mass = jnp.ones((n, 1)) if weights is None else weights.reshape(n, -1).astype(jnp.float32)
-    mass = jnp.where(jnp.arange(n)[:, None] < (n if count is None else count), mass, 0)
-    importance = mass if mass.shape == points.shape else None
     sample_key, key = jax.random.split(key)
     sets = None if weights is None else weights[None]
+    importance = weights if weights is not None and weights.ndim == 2 else None
 
     def fit_stage(left: Array, key: Array) -> tuple[Array, Array]:
         codebook = fit_product(key, left[None], k, iterations=iterations, weights=sets, count=count)[0]
         return left - codebook[nearest(left, codebook, weights=importance)], codebook
 
     _, codebooks = lax.scan(fit_stage, points, jax.random.split(key, stages))
+    mass = jnp.ones((n, 1)) if weights is None else weights.reshape(n, -1).astype(jnp.float32)
+    mass = jnp.where(jnp.arange(n)[:, None] < (n if count is None else count), mass, 0)
     if n > POINTS_PER_ENTRY * k:
-        rows = sample(sample_key, mass.max(axis=1) > 0, POINTS_PER_ENTRY * k)
+        real = n if weights is None and count is None else mass.max(axis=1) > 0
+        rows = sample(sample_key, real, POINTS_PER_ENTRY * k)
         points, mass = points[rows], mass[rows]
-        importance = mass if mass.shape == points.shape else None
+        importance = None if importance is None else importance[rows]
 
     def refine(_: Array, codebooks: Float[Array, "m k d"]) -> Float[Array, "m k d"]:
         codes = encode_residual(points, codebooks, weights=importance, beam=beam)
@@ -145,7 +146,9 @@ def beam_search(
     (n, d), (m, k, _) = points.shape, codebooks.shape
     everyone = jnp.arange(n)
 
-    def extend(state: tuple[Array, Array, Array], stage: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
+    def extend(
+        state: tuple[Array, Array, Array], stage: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array, Array], None]:
         left, codes, live = state  # [beam, n, d], [beam, n, m], [beam, n]
         i, codebook = stage
         centre = codebook.mean(axis=0)

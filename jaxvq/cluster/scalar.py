@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxvq._numerics import safe_divide
+from jaxvq._numerics import running_sum, safe_divide
 
 _THIN_ABOVE = 2**22
 _GRID_LEAST = 256
@@ -110,13 +110,13 @@ def _distinct(x: Float[Array, " n"], w: Float[Array, " n"]) -> tuple[Float[Array
     """Sorted values without repetition, their weights added up, and padding of weight 0 behind them."""
     n = x.size
     starts = jnp.concatenate([jnp.ones(1, bool), x[1:] > x[:-1]])
-    rank = jnp.cumsum(starts.astype(jnp.int32)) - 1
+    rank = running_sum(starts.astype(jnp.float32))[:-1].astype(jnp.int32)
     first = (
         jnp.full(n + 1, n, jnp.int32)
         .at[jnp.where(starts, rank, n + 1)]
         .set(jnp.arange(n, dtype=jnp.int32), mode="drop")
     )
-    total = jnp.pad(jnp.cumsum(w), (1, 0))
+    total = running_sum(w)
     return x[jnp.minimum(first[:-1], n - 1)], total[first[1:]] - total[first[:-1]]
 
 
@@ -155,8 +155,8 @@ def _candidates(x: Float[Array, " n"], w: Float[Array, " n"], grid: int) -> Int3
     share = jnp.where(real, jnp.cbrt(gap * gap * (w[1:] + w[:-1])), 0)
     for _ in range(4):
         share = jnp.minimum(share, jnp.sum(share) * 4 / grid)
-    share = safe_divide(share, jnp.sum(share)) + safe_divide(real.astype(jnp.float32), jnp.sum(real))
-    level = jnp.cumsum(share)
+    share = safe_divide(share, jnp.sum(share)) + safe_divide(real.astype(jnp.float32), jnp.sum(real, dtype=jnp.float32))
+    level = running_sum(share)[1:]
     goals = (jnp.arange(grid - 1) + 0.5) / (grid - 1) * level[-1]
     inner = jnp.searchsorted(level, goals).astype(jnp.int32) + 1
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, x.size, jnp.int32)])
@@ -181,9 +181,9 @@ def _prefix_moments(
     Differences of these sums are accurate in float32, because `u` is as small as the interval is narrow; sums of
     `w x**2` would cancel.
     """
-    step = jnp.zeros(x.size + 1, jnp.int32).at[cuts[1:-1]].add(1)[:-1]
-    u = x - reference[jnp.cumsum(step)]
-    return tuple(jnp.pad(jnp.cumsum(v), (1, 0)) for v in (w, w * u, w * u * u))  # type: ignore[return-value]
+    step = jnp.zeros(x.size + 1).at[cuts[1:-1]].add(1)[:-1]
+    u = x - reference[running_sum(step)[1:].astype(jnp.int32)]
+    return tuple(running_sum(jnp.stack([w, w * u, w * u * u])))  # type: ignore[return-value]
 
 
 def _interval_costs(

@@ -14,7 +14,8 @@ def rows(array):
 def test_draws_distinct_points(n):
     points = jax.random.normal(jax.random.key(0), (n, 3))
     chosen = kmeans_plus_plus(jax.random.key(1), points, 50)
-    assert chosen.shape == (50, 3) and chosen.dtype == jnp.float32
+    assert chosen.shape == (50, 3)
+    assert chosen.dtype == jnp.float32
     assert len(rows(chosen)) == 50
     assert rows(chosen) <= rows(points)
 

@@ -1,10 +1,12 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from jaxvq.cluster.kmeans import kmeans, one_hot_sums, split_for_empty, sums_by_code
+from jaxvq.cluster.kmeans import kmeans, one_hot_sums, roughly_nearest, split_for_empty, sums_by_code
 
 
 def distortion(points, centroids, weights=None):
@@ -61,7 +63,7 @@ def test_padding_changes_nothing():
 def test_the_error_never_rises():
     points, centroids = jnp.asarray(normal(5, 1000, 2)), jnp.asarray(normal(6, 20, 2))
     errors = [distortion(points, kmeans(points, centroids, iterations=i)) for i in range(6)]
-    assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(errors))
 
 
 def test_empty_clusters_split_the_most_populated_ones():
@@ -128,3 +130,22 @@ def test_sums_by_code_on_every_backend():
     np.add.at(expected, codes, values.astype(float))
     for sums in (sums_by_code, one_hot_sums):
         np.testing.assert_allclose(sums(jnp.asarray(values), jnp.asarray(codes), 100), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 13, 1000])
+def test_roughly_nearest_loses_next_to_nothing(k, weighted):
+    points, centroids = normal(16, 2000, 2), normal(17, k, 2)
+    weights = np.random.default_rng(18).uniform(0.1, 2, size=(2000, 2)).astype("f") if weighted else None
+    given = None if weights is None else jnp.asarray(weights)
+    codes = np.asarray(roughly_nearest(jnp.asarray(points), jnp.asarray(centroids), given))
+    squares = (1 if weights is None else weights[:, None]) * (points[:, None].astype(float) - centroids) ** 2
+    distances = squares.sum(-1)
+    lost = distances[np.arange(2000), codes] - distances.min(1)
+    assert (lost <= k / 2**22 * distances.min(1) + 1e-5).all()
+    assert lost.mean() <= 1e-4 * distances.min(1).mean()
+
+
+def test_roughly_nearest_at_distance_zero_and_beyond_float32():
+    assert roughly_nearest(jnp.zeros((2, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]]), None).tolist() == [1, 1]
+    assert int(roughly_nearest(jnp.full((1, 2), 1e30), jnp.eye(2), None)[0]) < 2

@@ -22,7 +22,8 @@ def test_equals_brute_force(n, k, d):
     rng = np.random.default_rng(n)
     points, codebook = rng.normal(size=(n, d)).astype("f"), rng.normal(size=(k, d)).astype("f")
     codes = nearest(jnp.asarray(points), jnp.asarray(codebook))
-    assert codes.dtype == jnp.int32 and codes.shape == (n,)
+    assert codes.dtype == jnp.int32
+    assert codes.shape == (n,)
     np.testing.assert_array_equal(codes, brute_force(points, codebook)[0])
 
 

@@ -20,7 +20,8 @@ def test_reaches_the_known_distortion_of_a_gaussian():
 def test_sets_are_independent():
     points = jax.random.normal(jax.random.key(0), (3, 600, 4)) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
     codebooks = fit_product(jax.random.key(1), points, 16, iterations=10)
-    assert codebooks.shape == (3, 16, 4) and codebooks.dtype == jnp.float32
+    assert codebooks.shape == (3, 16, 4)
+    assert codebooks.dtype == jnp.float32
     errors = np.array([distortion(p, c) for p, c in zip(points, codebooks, strict=True)]) / np.array([1, 1e2, 1e4])
     np.testing.assert_allclose(errors, errors[0], rtol=0.15)
     changed = fit_product(jax.random.key(1), points.at[2].multiply(3.0), 16, iterations=10)

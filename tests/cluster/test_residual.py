@@ -9,7 +9,9 @@ from jaxvq.cluster.residual import encode_residual, fit_residual, joint_update
 
 
 def decode(codes, codebooks):
-    return sum(np.asarray(table, np.float64)[column] for table, column in zip(codebooks, np.asarray(codes).T, strict=True))
+    return sum(
+        np.asarray(table, np.float64)[column] for table, column in zip(codebooks, np.asarray(codes).T, strict=True)
+    )
 
 
 def distortion(points, codebooks, beam):
@@ -44,7 +46,7 @@ def test_a_wide_beam_finds_the_nearest_sum(weighted):
 def test_far_from_the_origin():
     points = jax.random.normal(jax.random.key(0), (200, 2)) + 1000
     codebooks = jax.random.normal(jax.random.key(1), (2, 8, 2)).at[0].add(1000)
-    codes, sums = every_sum(codebooks)
+    _, sums = every_sum(codebooks)
     errors = ((np.asarray(points)[:, None] - sums) ** 2).sum(-1)
     found = ((np.asarray(points) - decode(encode_residual(points, codebooks, beam=8), codebooks)) ** 2).sum(-1)
     np.testing.assert_allclose(found, errors.min(1), atol=1e-3)
@@ -54,7 +56,8 @@ def test_beam_and_refinement_beat_greedy():
     points = jax.random.normal(jax.random.key(0), (4096, 8))
     greedy = fit_residual(jax.random.key(1), points, 16, 2, iterations=15, beam=1)
     joint = fit_residual(jax.random.key(1), points, 16, 2, iterations=15, beam=8)
-    assert greedy.shape == (2, 16, 8) and greedy.dtype == jnp.float32
+    assert greedy.shape == (2, 16, 8)
+    assert greedy.dtype == jnp.float32
     assert distortion(points, greedy, beam=1) == pytest.approx(0.3602, rel=0.03)
     assert distortion(points, greedy, beam=8) < 0.97 * distortion(points, greedy, beam=1)
     assert distortion(points, joint, beam=8) < 0.98 * distortion(points, greedy, beam=8)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import jaxvq
@@ -14,7 +15,7 @@ def result(nbytes: int, accuracy: float, family: str = "KMeans, tensor") -> trad
 
 def test_smoke_run_writes_table_figure_model_and_figures(tmp_path, capsys):
     config = tradeoff.parse(["--smoke", "--out", str(tmp_path / "out")])
-    found = tradeoff.main(dataclasses.replace(config, points=config.points[:4]))
+    found = tradeoff.main(dataclasses.replace(config, points=config.points[:3]))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
     assert (tmp_path / "out" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     chosen = found["chosen"]
@@ -22,7 +23,7 @@ def test_smoke_run_writes_table_figure_model_and_figures(tmp_path, capsys):
     path = tmp_path / "out" / chosen["file"]
     assert path.stat().st_size == chosen["file_nbytes"]
     assert "params" in jaxvq.load(path)
-    assert found["variants"][0]["ratio"] == pytest.approx(1, abs=0.01)
+    assert found["variants"][0]["ratio"] == pytest.approx(1, abs=0.05)
     assert "Symmetric, tensor" in capsys.readouterr().out
 
 
@@ -41,12 +42,11 @@ def test_choose_falls_back_to_the_float_network():
 
 def test_a_model_that_changes_on_disk_is_an_error(tmp_path, monkeypatch):
     config = tradeoff.parse(["--smoke", "--out", str(tmp_path)])
-    accuracies = iter((0.9, 0.9, 0.8))
-    monkeypatch.setattr(tradeoff, "accuracy", lambda *_: next(accuracies))
-    monkeypatch.setattr(tradeoff, "choose", lambda *_, **__: 1)
-    config = dataclasses.replace(config, points=config.points[:2])
-    with pytest.raises(RuntimeError, match=r"the loaded model's accuracy is 0\.8, before saving it was 0\.9"):
-        tradeoff.main(config)
+    monkeypatch.setattr(tradeoff, "accuracy", lambda *_: 0.8)
+    variables = {"params": {"Dense_0": {"kernel": np.eye(4, dtype=np.float32)}}}
+    point = tradeoff.on_all("Uniform, tensor", jaxvq.Uniform(bits=8))
+    with pytest.raises(RuntimeError, match=r"model.*: the loaded model's accuracy is 0\.8, before saving it was 0\.9"):
+        tradeoff.keep(point, result(100, 0.9), variables, model=None, dataset=None, config=config)  # type: ignore[arg-type]
 
 
 def test_every_method_is_tried_and_each_way_has_a_name_and_a_style_of_its_own():
