@@ -178,9 +178,12 @@ def main(config: Config) -> dict[str, Any]:
     variables = fit(dataset, config.train, progress=_progress("training  "))
     model = network(config.train, dataset)
     variant = functools.partial(measure, variables=variables, model=model, dataset=dataset, seed=config.seed)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         waiting = [pool.submit(variant, point) for point in config.points]
         results = [one.result() for one in _progress("quantizing")(waiting)]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or an interrupt does not wait for the rest
     chosen = choose(results, tolerance=config.tolerance)
     exact = results[0].accuracy
     error = math.sqrt(exact * (1 - exact) / len(dataset.test_labels))

@@ -6,6 +6,7 @@ after them depend on the layout and are small.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ from jaxvq.layout import Layout
 from jaxvq.ops.nearest import nearest
 
 Blocks = tuple[int, int]
+Decoder = Affine | Codebook
 CODES_AT_ONCE = 2**20
+VALUES_AT_ONCE = 2**22
+SAMPLE_BLOCKS = 2**20
 COSTS_AT_ONCE = 2**21
 
 
@@ -31,46 +35,29 @@ def code_bits(k: int) -> int:
     return max(1, (k - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "blocks", "bits"))
-def uniform(weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks, bits: int) -> QuantizedArray:
+def uniform(weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks, bits: int) -> Affine:
     """Evenly spaced levels between the extremes of each block."""
-    values, real = _block_values(weight, None, layout, blocks)
-    low = jnp.min(jnp.where(real > 0, values, jnp.inf), axis=1)
-    high = jnp.max(jnp.where(real > 0, values, -jnp.inf), axis=1)
-    step = (high - low) / (2**bits - 1)
-    scale = jnp.where(step > 0, step, 1).reshape(*blocks, 1)
-    vectors = layout.to_vectors(weight).astype(jnp.float32)
-    levels = (vectors - spread(low.reshape(*blocks, 1), layout.grid)) / spread(scale, layout.grid)
-    codes = jnp.clip(jnp.round(levels), 0, 2**bits - 1).astype(jnp.uint32)
-    return QuantizedArray(pack(codes, bits), Affine(scale, -low.reshape(*blocks, 1) / scale), layout)
+    low, high = _extremes(weight, layout=layout, blocks=blocks)
+    scale = _step(low, high, 2**bits - 1)
+    return Affine(scale, -low / scale)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "blocks", "bits"))
-def symmetric(weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks, bits: int) -> QuantizedArray:
+def symmetric(weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks, bits: int) -> Affine:
     """Evenly spaced levels around zero, in each block."""
-    values, real = _block_values(weight, None, layout, blocks)
-    vectors = layout.to_vectors(weight).astype(jnp.float32)
     if bits == 1:
         # The scale of an `Affine` is the distance of its levels, which lie at plus and minus the mean size.
-        scale = 2 * safe_divide(jnp.sum(jnp.abs(values) * real, axis=1), jnp.sum(real, axis=1))
-        codes = (vectors >= 0).astype(jnp.uint32)
-        return QuantizedArray(pack(codes, bits), Affine(scale.reshape(*blocks, 1)), layout)
-    low = jnp.min(jnp.where(real > 0, values, jnp.inf), axis=1)
-    high = jnp.max(jnp.where(real > 0, values, -jnp.inf), axis=1)
-    most = symmetric_zero(bits)
-    scale = ((high - low) / (2 * most)).reshape(*blocks, 1)
-    levels = safe_divide(vectors, jnp.broadcast_to(spread(scale, layout.grid), vectors.shape))
-    codes = (jnp.clip(jnp.round(levels), -most, most) + most).astype(jnp.uint32)
-    return QuantizedArray(pack(codes, bits), Affine(scale), layout)
+        return Affine(2 * _by_columns(_mean_size, weight, None, layout=layout, blocks=blocks))
+    return Affine(_step(*_extremes(weight, layout=layout, blocks=blocks), int(2 * symmetric_zero(bits))))
 
 
 def palettes(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks, k: int
 ) -> Float[Array, "g_blocks out_blocks 1 k 1"]:
     """The optimal codebook of each block's values."""
-    points, mass = _palette_problems(weight, weights, layout=layout, blocks=blocks)
-    codebooks = fit_palettes(points, mass, blocks[0] * blocks[1], k=k)
-    return codebooks[: blocks[0] * blocks[1]].reshape(*blocks, 1, k, 1)
+    if blocks == (1, 1):
+        return _whole_palette(weight, weights, layout=layout, k=k)
+    fit = functools.partial(_column_palettes, k=k)
+    return _by_columns(fit, weight, weights, layout=layout, blocks=blocks)
 
 
 def product(
@@ -115,45 +102,56 @@ def round_codebook(vectors: Float[Array, "g_blocks out_blocks m k d"], dtype: st
     return Codebook(jnp.round(vectors / scale).astype(jnp.int8), scale)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
+@functools.partial(jax.jit, static_argnames=("layout", "bits"))
 def encode(
-    weight: Float[Array, "..."], weights: Float[Array, "..."] | None, codebook: Codebook, *, layout: Layout
+    weight: Float[Array, "..."], weights: Float[Array, "..."] | None, decoder: Decoder, *, layout: Layout, bits: int
 ) -> QuantizedArray:
-    """The codes of the nearest entries of a codebook as it is stored, packed, some output columns at a time."""
-    tables = codebook.vectors.astype(jnp.float32)
-    if codebook.scale is not None:
-        tables = tables * codebook.scale
-    stages, k = tables.shape[2:4]
+    """The nearest codes of a decoder as it is stored, packed, some output columns at a time."""
+    stages = 1 if isinstance(decoder, Affine) else decoder.vectors.shape[2]
     groups, outs = layout.grid
     vectors = layout.to_vectors(weight)
     importance = None if weights is None or layout.dim == 1 else layout.to_vectors(weights)
-    zeros = zero_codes(groups, outs, stages, code_bits(k))
+    zeros = zero_codes(groups, outs, stages, bits)
     # Packed along `out`, a word holds codes of several columns, so the columns cannot be packed apart.
     columns = outs if zeros.axis == 1 else min(outs, max(1, CODES_AT_ONCE // groups))
 
     def some(step: Integer[Array, ""], words: Array) -> Array:
         start = jnp.minimum(step * columns, outs - columns)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=columns, axis=1)
-        part = tables if tables.shape[1] == 1 else cut(tables)
-        codes = _codes(cut(vectors), None if importance is None else cut(importance), part)
-        packed = pack(codes, zeros.bits, axis=zeros.axis)
+        part = jax.tree.map(lambda leaf: leaf if leaf.shape[1] == 1 else cut(leaf), decoder)
+        some_vectors, some_importance = jax.tree.map(cut, (vectors, importance))
+        if isinstance(part, Affine):
+            codes = _affine_codes(some_vectors, part, bits)
+        else:
+            codes = _codebook_codes(some_vectors, some_importance, part)
+        packed = pack(codes, bits, axis=zeros.axis)
         return packed.words if zeros.axis else jax.lax.dynamic_update_slice_in_dim(words, packed.words, start, axis=1)
 
     steps = -(-outs // columns)
     words = jax.lax.fori_loop(0, steps, some, zeros.words)
-    return QuantizedArray(dataclasses.replace(zeros, words=words), codebook, layout)
+    return QuantizedArray(dataclasses.replace(zeros, words=words), decoder, layout)
 
 
-def _codes(
-    vectors: Shaped[Array, "g out d"],
-    importance: Shaped[Array, "g out d"] | None,
-    tables: Float[Array, "g_blocks out_blocks m k d"],
+def _affine_codes(vectors: Shaped[Array, "g out 1"], decoder: Affine, bits: int) -> Integer[Array, "g out 1"]:
+    grid = (vectors.shape[0], vectors.shape[1])
+    scale = spread(decoder.scale, grid)
+    zero = symmetric_zero(bits) if decoder.zero_point is None else spread(decoder.zero_point, grid)
+    level = safe_divide(vectors.astype(jnp.float32), jnp.broadcast_to(scale, vectors.shape)) + zero
+    # At one bit the two levels lie beside zero, which counts as positive.
+    code = jnp.floor(level + 0.5) if bits == 1 and decoder.zero_point is None else jnp.round(level)
+    return jnp.clip(code, 0, decoder.entries(bits) - 1).astype(jnp.uint32)
+
+
+def _codebook_codes(
+    vectors: Shaped[Array, "g out d"], importance: Shaped[Array, "g out d"] | None, decoder: Codebook
 ) -> Integer[Array, "g out m"]:
-    """The code of the nearest entry for each vector, from the tables of its block."""
+    """The code of the nearest entry for each vector, from the table of its block."""
     groups, outs, dim = vectors.shape
+    tables = decoder.vectors.astype(jnp.float32)
+    if decoder.scale is not None:
+        tables = tables * decoder.scale
     blocks, stages = (tables.shape[0], tables.shape[1]), tables.shape[2]
     points = _to_blocks(vectors, blocks)
-    tables = tables.reshape(-1, *tables.shape[2:])
     mass = None if importance is None else _to_blocks(importance, blocks)
 
     def one(block: tuple[Array, Array | None, Array]) -> Integer[Array, "n m"]:
@@ -165,15 +163,124 @@ def _codes(
         return nearest(x, table[0], weights=w)[:, None]
 
     solve = jax.vmap(one) if dim == 1 else functools.partial(jax.lax.map, one)
-    return _from_blocks(solve((points, mass, tables)), blocks, (groups, outs))
+    return _from_blocks(solve((points, mass, tables.reshape(-1, *tables.shape[2:]))), blocks, (groups, outs))
+
+
+def _extremes(
+    weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks
+) -> tuple[Float[Array, "g_blocks out_blocks 1"], Float[Array, "g_blocks out_blocks 1"]]:
+    if blocks == (1, 1):
+        return tuple(f(weight).astype(jnp.float32).reshape(1, 1, 1) for f in (jnp.min, jnp.max))  # type: ignore[return-value]
+    both = _by_columns(_block_extremes, weight, None, layout=layout, blocks=blocks)
+    return both[..., :1], both[..., 1:]
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _step(low: Float[Array, "..."], high: Float[Array, "..."], steps: int) -> Float[Array, "..."]:
+    """The distance of levels, such that a constant is one of them.
+
+    Jitted, because a compiler may divide otherwise than a single operation does.
+    """
+    step = (high - low) / steps
+    return jnp.where(step > 0, step, jnp.where(high == 0, 1, jnp.abs(high)))
+
+
+def _by_columns(
+    fit: Callable[..., Float[Array, "g_blocks some_blocks *rest"]],
+    weight: Float[Array, "..."],
+    weights: Float[Array, "..."] | None,
+    *,
+    layout: Layout,
+    blocks: Blocks,
+) -> Float[Array, "g_blocks out_blocks *rest"]:
+    """`fit` over slabs of output columns, put together: all problems at once would take several times the memory."""
+    parts = [
+        fit(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, blocks=(blocks[0], share))
+        for start, columns, slab in _slabs(layout)
+        for share in [blocks[1] * columns // layout.grid[1] or 1]
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _slabs(layout: Layout) -> list[tuple[int, int, Layout]]:
+    """(first column, columns, layout) of slabs of about four million values."""
+    rows, outs = layout.matrix_shape
+    if layout.out_axis is None or layout.size <= VALUES_AT_ONCE:
+        return [(0, outs, layout)]
+    most = max(1, VALUES_AT_ONCE // rows)
+    slabs = []
+    for start in range(0, outs, most):
+        columns = min(most, outs - start)
+        shape = (*layout.shape[: layout.out_axis], columns, *layout.shape[layout.out_axis + 1 :])
+        slabs.append((start, columns, dataclasses.replace(layout, shape=shape)))
+    return slabs
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "columns"))
+def _slab(
+    weight: Float[Array, "..."],
+    weights: Float[Array, "..."] | None,
+    start: Integer[Array, ""] | int,
+    *,
+    layout: Layout,
+    columns: int,
+) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+    if layout.out_axis is None:
+        return weight, weights
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=columns, axis=layout.out_axis)
+    return jax.tree.map(cut, (weight, weights))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "blocks"))
+def _mean_size(
+    weight: Float[Array, "..."], weights: None, *, layout: Layout, blocks: Blocks
+) -> Float[Array, "g_blocks out_blocks 1"]:
+    values, real = _block_values(weight, weights, layout, blocks)
+    return safe_divide(jnp.sum(jnp.abs(values) * real, axis=1), jnp.sum(real, axis=1)).reshape(*blocks, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "blocks"))
+def _block_extremes(
+    weight: Float[Array, "..."], weights: None, *, layout: Layout, blocks: Blocks
+) -> Float[Array, "g_blocks out_blocks 2"]:
+    values, real = _block_values(weight, weights, layout, blocks)
+    low = jnp.min(jnp.where(real > 0, values, jnp.inf), axis=1)
+    high = jnp.max(jnp.where(real > 0, values, -jnp.inf), axis=1)
+    return jnp.stack([low, high], axis=1).reshape(*blocks, 2)
+
+
+def _column_palettes(
+    weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks, k: int
+) -> Float[Array, "g_blocks out_blocks 1 k 1"]:
+    points, mass = _palette_problems(weight, weights, layout=layout, blocks=blocks)
+    return fit_palettes(points, mass, blocks[0] * blocks[1], k=k)[: blocks[0] * blocks[1]].reshape(*blocks, 1, k, 1)
+
+
+def _whole_palette(
+    weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, k: int
+) -> Float[Array, "1 1 1 k 1"]:
+    block = -(-layout.size // SAMPLE_BLOCKS) if layout.size > VALUES_AT_ONCE else 1
+    samples = [
+        _sample(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, block=block)
+        for start, columns, slab in _slabs(layout)
+    ]
+    points, mass = pad_problems(*(jnp.concatenate(parts)[None] for parts in zip(*samples, strict=True)))
+    return fit_palettes(points, mass, 1, k=k).reshape(1, 1, 1, k, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "block"))
+def _sample(
+    weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, block: int
+) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
+    values, mass = (rows[0] for rows in _block_values(weight, weights, layout, (1, 1)))
+    return (values, mass) if block == 1 else thin(values, mass, block)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "blocks"))
 def _palette_problems(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks
 ) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
-    values, mass = _block_values(weight, weights, layout, blocks)
-    return pad_problems(*jax.vmap(thin)(values, mass))
+    return pad_problems(*_block_values(weight, weights, layout, blocks))
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "subspaces"))

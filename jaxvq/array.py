@@ -77,15 +77,19 @@ class Codebook(AbstractDecoder):
         del bits
         groups, outs, stages = codes.shape
         g_blocks, out_blocks, _, k, dim = self.vectors.shape
-        g = jnp.arange(groups, dtype=jnp.int32)[:, None, None] // (groups // g_blocks)
-        out = jnp.arange(outs, dtype=jnp.int32)[None, :, None] // (outs // out_blocks)
-        m = jnp.arange(stages, dtype=jnp.int32)
-        rows = ((g * out_blocks + out) * stages + m) * k + codes.astype(jnp.int32)
+        g = jnp.arange(groups, dtype=jnp.int32)[:, None] // (groups // g_blocks)
+        out = jnp.arange(outs, dtype=jnp.int32) // (outs // out_blocks)
         table = self.vectors.reshape(-1, dim).astype(jnp.float32)
-        vectors = table.at[rows].get(mode="clip")
-        if self.scale is not None:
-            vectors = vectors * spread(self.scale.astype(jnp.float32)[..., 0], (groups, outs))
-        return vectors.sum(axis=2)
+        total = jnp.zeros((groups, outs, dim))
+        # Stage by stage: all stages' vectors at once would take m times the weight's memory.
+        for m in range(stages):
+            rows = ((g * out_blocks + out) * stages + m) * k + codes[..., m].astype(jnp.int32)
+            vectors = table.at[rows].get(mode="clip")
+            if self.scale is not None:
+                scale = self.scale[:, :, min(m, self.scale.shape[2] - 1), :, 0]
+                vectors = vectors * spread(scale.astype(jnp.float32), (groups, outs))
+            total = total + vectors
+        return total
 
     def entries(self, bits: int) -> int:
         del bits

@@ -104,7 +104,8 @@ class Uniform(AbstractMethod):
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key, weights
-        return _fit.uniform(weight, layout=layout, blocks=_blocks(layout, self.per), bits=self.bits)
+        decoder = _fit.uniform(weight, layout=layout, blocks=_blocks(layout, self.per), bits=self.bits)
+        return _fit.encode(weight, None, decoder, layout=layout, bits=self.bits)
 
 
 @final
@@ -142,7 +143,8 @@ class Symmetric(AbstractMethod):
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key, weights
-        return _fit.symmetric(weight, layout=layout, blocks=_blocks(layout, self.per), bits=self.bits)
+        decoder = _fit.symmetric(weight, layout=layout, blocks=_blocks(layout, self.per), bits=self.bits)
+        return _fit.encode(weight, None, decoder, layout=layout, bits=self.bits)
 
 
 @final
@@ -191,7 +193,7 @@ class KMeans(AbstractMethod):
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key
         vectors = _fit.palettes(weight, weights, layout=layout, blocks=_blocks(layout, self.per), k=self.entries)
-        return _fit.encode(weight, None, _fit.round_codebook(vectors, self.codebook_dtype), layout=layout)
+        return _encode(weight, None, vectors, layout, self.codebook_dtype)
 
 
 @final
@@ -248,7 +250,7 @@ class RowVQ(AbstractMethod):
             k=self.entries(layout.grid[1]),
             iterations=self.iterations,
         )
-        return _fit.encode(weight, weights, _fit.round_codebook(vectors, self.codebook_dtype), layout=layout)
+        return _encode(weight, weights, vectors, layout, self.codebook_dtype)
 
 
 @final
@@ -310,7 +312,7 @@ class Product(AbstractMethod):
         vectors = _fit.product(
             weight, weights, key, layout=layout, subspaces=subspaces, k=self.entries, iterations=self.iterations
         )
-        return _fit.encode(weight, weights, _fit.round_codebook(vectors, self.codebook_dtype), layout=layout)
+        return _encode(weight, weights, vectors, layout, self.codebook_dtype)
 
 
 @final
@@ -365,7 +367,7 @@ class Residual(AbstractMethod):
         vectors = _fit.residual(
             weight, weights, key, layout=layout, k=self.entries, stages=self.stages, iterations=self.iterations
         )
-        return _fit.encode(weight, weights, _fit.round_codebook(vectors, self.codebook_dtype), layout=layout)
+        return _encode(weight, weights, vectors, layout, self.codebook_dtype)
 
 
 METHODS: tuple[type[AbstractMethod], ...] = (Uniform, Symmetric, KMeans, RowVQ, Product, Residual)
@@ -423,6 +425,11 @@ def _codebook_template(layout: Layout, shape: tuple[int, int, int, int, int], dt
         return QuantizedArray(codes, Codebook(jnp.zeros(shape, dtype), scale), layout)
 
     return jax.eval_shape(build)
+
+
+def _encode(weight: Array, weights: Array | None, vectors: Array, layout: Layout, dtype: str) -> QuantizedArray:
+    codebook = _fit.round_codebook(vectors, dtype)
+    return _fit.encode(weight, weights, codebook, layout=layout, bits=_fit.code_bits(vectors.shape[3]))
 
 
 def _entries(bits: int | None, k: int | None, *, default_bits: int) -> int:

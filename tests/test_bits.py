@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvq.bits import PackedCodes, pack, packed_axis, zero_codes, unpack
+from jaxvq.bits import PackedCodes, pack, packed_axis, unpack, zero_codes
 
 
 def reference_words(codes: np.ndarray, bits: int) -> np.ndarray:

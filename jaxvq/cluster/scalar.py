@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int32
 
 from jaxvq._numerics import running_sum, safe_divide
 
-_THIN_ABOVE = 2**22
 _GRID_LEAST = 256
 _GRID_EXACT = 512
 _GRID_PER_ENTRY = 8
@@ -75,20 +74,19 @@ def grid_size(n: int, k: int) -> int:
     return n if n <= _GRID_EXACT else min(n, max(_GRID_PER_ENTRY * k, _GRID_LEAST))
 
 
-def thin(values: Float[Array, " n"], weights: Float[Array, " n"]) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
-    """A weighted sample of about three million values that clusters like all of them; at most four million stay whole.
+def thin(
+    values: Float[Array, " n"], weights: Float[Array, " n"], block: int
+) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
+    """A weighted sample that clusters like all the values: three for each `block` of neighbours.
 
-    Each of a million blocks of neighbours is reduced to its two extremes and one other value that carries the rest
-    of the weight, so no outlier is lost. The excess error of a codebook of `k` entries is about `k` in three million.
+    They are the block's two extremes, so that no outlier is lost, and one other value that carries the rest of the
+    weight. The excess error of a codebook of `k` entries is about `k` divided by the size of the sample.
 
     Example:
-      >>> thin(jnp.zeros(10), jnp.ones(10))[0].size
-      10
+      >>> thin(jnp.arange(8.0), jnp.ones(8), 4)[1]
+      Array([1., 1., 2., 1., 1., 2.], dtype=float32)
     """
     x, w = values.astype(jnp.float32), weights.astype(jnp.float32)
-    if x.size <= _THIN_ABOVE:
-        return x, w
-    block = -(-x.size // (_THIN_ABOVE // 4))
     pad = -x.size % block
     x = jnp.pad(x, (0, pad), mode="edge").reshape(-1, block)
     w = jnp.pad(w, (0, pad)).reshape(-1, block)
@@ -218,14 +216,14 @@ def _interval_costs(
 
 def _refine(x: Float[Array, " n"], w: Float[Array, " n"], cuts: Int32[Array, " cuts"]) -> Int32[Array, " cuts"]:
     """Moves all cuts jointly, each as far as its neighbours' first places at most, until nothing gains."""
-    centroids = _centroids(x, w, cuts)
-    sums = _prefix_moments(x, w, cuts, centroids)
+    middles = x[jnp.minimum((cuts[:-1] + cuts[1:]) // 2, x.size - 1)]
+    sums = _prefix_moments(x, w, cuts, middles)
     reach = max(1, math.ceil(math.log2(4 * x.size / (cuts.size - 1))))
     near = jnp.array([2**p for p in range(reach)], jnp.int32)
 
     def move(inner: Array) -> Array:
         options = jnp.clip(_options(cuts, inner, near), cuts[:-2, None], cuts[2:, None])
-        return _best_options(sums, cuts, centroids, options)
+        return _best_options(sums, cuts, middles, options)
 
     return cuts.at[1:-1].set(_until_still(move, cuts[1:-1], _MOVES))
 
@@ -259,13 +257,13 @@ def _until_still(
 def _best_options(
     sums: tuple[Array, Array, Array],
     cuts: Int32[Array, " cuts"],
-    centroids: Float[Array, " k"],
+    references: Float[Array, " k"],
     options: Int32[Array, "inner options"],
 ) -> Int32[Array, " inner"]:
     """The choice of one option per inner cut with the least squared error, by dynamic programming."""
-    # What an option adds to the cluster on its left, and takes from the one on its right, about each's centroid.
-    to_left = _moved_moments(sums, cuts[1:-1], options, centroids[:-1], centroids[1:])
-    to_right = _moved_moments(sums, cuts[1:-1], options, centroids[1:], centroids[:-1])
+    # What an option adds to the cluster on its left, and takes from the one on its right, about each's reference.
+    to_left = _moved_moments(sums, cuts[1:-1], options, references[:-1], references[1:])
+    to_right = _moved_moments(sums, cuts[1:-1], options, references[1:], references[:-1])
     whole = tuple(s[cuts[1:]] - s[cuts[:-1]] for s in sums)
     ends = tuple(jnp.pad(m, ((0, 1), (0, 0))) for m in to_left)
     starts = tuple(jnp.pad(m, ((1, 0), (0, 0))) for m in to_right)
@@ -309,7 +307,7 @@ def _moved_moments(
 ) -> tuple[Array, Array, Array]:
     """Moments, about `own`, of the values between a cut and each option; negative to the left of the cut.
 
-    The running sums are about the centroid on the side of the cut where the values lie: `own` on one side, `other`
+    The running sums are about the reference on the side of the cut where the values lie: `own` on one side, `other`
     on the other.
     """
     mass, first, second = (s[options] - s[cut][:, None] for s in sums)
