@@ -129,7 +129,7 @@ def all_points() -> tuple[Point, ...]:
     points += [on_hidden("Product, d=2", f"k = {k}", Product(k=k, dim=2)) for k in (16, 64)]
     points += [on_hidden("Product, d=4", f"k = {k}", Product(k=k, dim=4)) for k in (16, 64, 256)]
     short = [Product(k=k, dim=4, codebook_dtype="bfloat16") for k in (64, 256)]
-    points += [on_hidden("Product, d=4, bfloat16", f"k = {method.k}", method) for method in short]
+    points += [on_hidden("Product, d=4, bf16", f"k = {method.k}", method) for method in short]
     for k in (64, 256):
         rules = (Rule(HIDDEN, Product(k=k, dim=9)), Rule(FILTERS, Product(k=128, dim=9)))
         points.append(Point("Product, d=9", f"k = {k}", Spec(rules=rules, default=REST)))
@@ -348,7 +348,7 @@ def _style(family: str) -> tuple[str, str, str]:
     method, _, detail = family.partition(", ")
     methods = ("float", "Uniform", "Symmetric", "KMeans", "Product", "RowVQ", "Residual")
     colours = ("black", "tab:blue", "tab:cyan", "tab:red", "tab:green", "tab:brown", "tab:purple")
-    details = ("", "tensor", "channel", "channel, int8", "d=2", "d=4", "d=4, bfloat16", "d=9", "d=8")
+    details = ("", "tensor", "channel", "channel, int8", "d=2", "d=4", "d=4, bf16", "d=9", "d=8")
     markers = ("*", "o", "s", "D", "^", "v", "<", ">", "P")
     dashes = ("-", "-", "--", ":", "-", "--", ":", "-.", "-")
     kind = details.index(detail)

@@ -12,6 +12,8 @@ from jaxvq.methods import Residual as Residual
 from jaxvq.methods import RowVQ as RowVQ
 from jaxvq.methods import Symmetric as Symmetric
 from jaxvq.methods import Uniform as Uniform
+from jaxvq.metrics import Report as Report
+from jaxvq.metrics import report as report
 from jaxvq.ops.nearest import nearest as nearest
 from jaxvq.ops.nearest import vq as vq
 from jaxvq.quantize import dequantize_params as dequantize_params

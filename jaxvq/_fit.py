@@ -25,7 +25,8 @@ from jaxvq.ops.nearest import nearest
 Blocks = tuple[int, int]
 Decoder = Affine | Codebook
 CODES_AT_ONCE = 2**20
-VALUES_AT_ONCE = 2**22
+VALUES_AT_ONCE = 2**20
+SAMPLE_ABOVE = 2**22
 SAMPLE_BLOCKS = 2**20
 COSTS_AT_ONCE = 2**21
 
@@ -203,7 +204,7 @@ def _by_columns(
 
 
 def _slabs(layout: Layout) -> list[tuple[int, int, Layout]]:
-    """(first column, columns, layout) of slabs of about four million values."""
+    """(first column, columns, layout) of slabs of about a million values."""
     rows, outs = layout.matrix_shape
     if layout.out_axis is None or layout.size <= VALUES_AT_ONCE:
         return [(0, outs, layout)]
@@ -259,7 +260,7 @@ def _column_palettes(
 def _whole_palette(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, k: int
 ) -> Float[Array, "1 1 1 k 1"]:
-    block = -(-layout.size // SAMPLE_BLOCKS) if layout.size > VALUES_AT_ONCE else 1
+    block = -(-layout.size // SAMPLE_BLOCKS) if layout.size > SAMPLE_ABOVE else 1
     samples = [
         _sample(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, block=block)
         for start, columns, slab in _slabs(layout)
