@@ -32,8 +32,7 @@ import jaxvq
 from experiments.data import Dataset, DatasetUnavailableError, load
 from experiments.train import ConvNet, TrainConfig, Variables, accuracy, fit, network
 from jaxvq import KMeans, Product, Residual, RowVQ, Rule, Spec, Symmetric, Uniform
-from jaxvq.array import is_quantized
-from jaxvq.metrics import decode, report
+from jaxvq.metrics import report
 
 HIDDEN = "params/Dense_0/kernel"  # the layer that holds most of the weights
 FILTERS = "params/Conv_[12]/kernel"  # the 3x3 convolutions
@@ -122,7 +121,6 @@ def all_points() -> tuple[Point, ...]:
     points += [on_all("Symmetric, tensor", Symmetric(bits=bits)) for bits in (3, 4, 8)]
     points += [on_all("Symmetric, channel", Symmetric(bits=bits, per="channel")) for bits in (2, 3, 4)]
     points += [on_all("KMeans, tensor", KMeans(bits=bits)) for bits in (2, 3, 4)]
-    points += [Point("KMeans, tensor", "k = 13", Spec(default=KMeans(k=13)))]
     for dtype, detail in (("float32", ""), ("int8", ", int8")):
         palettes = [KMeans(bits=bits, per="channel", codebook_dtype=dtype) for bits in (2, 3)]
         points += [on_all(f"KMeans, channel{detail}", method) for method in palettes]
@@ -216,13 +214,8 @@ def measure(point: Point, variables: Variables, *, model: ConvNet, dataset: Data
         nbytes=figures.nbytes,
         ratio=figures.ratio,
         sqnr_db=decibels if decibels is not None and math.isfinite(decibels) else None,
-        accuracy=accuracy(model, floats(quantized), dataset),
+        accuracy=accuracy(model, jaxvq.dequantize_params(quantized), dataset),
     )
-
-
-def floats(variables: Any) -> Any:
-    """Like `jaxvq.dequantize_params`, by the compiled programs that the report has used already."""
-    return jax.tree.map(lambda leaf: decode(leaf) if is_quantized(leaf) else leaf, variables, is_leaf=is_quantized)
 
 
 def choose(results: Sequence[Result], *, tolerance: float) -> int:
@@ -239,7 +232,7 @@ def keep(
     path = config.out / "model.safetensors"
     quantized = jaxvq.quantize_params(variables, point.spec, key=jax.random.key(config.seed))
     jaxvq.save(path, quantized, metadata={"dataset": config.dataset}, force=True)
-    loaded = accuracy(model, floats(jaxvq.load(path)), dataset)
+    loaded = accuracy(model, jaxvq.dequantize_params(jaxvq.load(path)), dataset)
     if loaded != result.accuracy:
         raise RuntimeError(
             f"{path}: the loaded model's accuracy is {loaded!r}, before saving it was {result.accuracy!r}"

@@ -14,7 +14,7 @@ from jaxvq._container import tensor_of
 from jaxvq._leaves import Leaf
 from jaxvq._writer import Writer
 from jaxvq.array import QuantizedArray
-from jaxvq.metrics import LeafReport, Report, decode, leaf_report
+from jaxvq.metrics import LeafReport, Report, leaf_report
 from jaxvq.quantize import quantize_leaf
 from jaxvq.spec import Plan, PlanEntry, Spec, resolve
 from jaxvq.storage import CheckpointReader, CheckpointWriter
@@ -92,7 +92,7 @@ def dequantize_file(
         for leaf in progress(leaves, "dequantizing"):
             if not writer.done(leaf.name):
                 value = source.read(leaf.name)
-                writer.write(leaf.name, decode(value) if isinstance(value, QuantizedArray) else value)
+                writer.write(leaf.name, value.dequantize() if isinstance(value, QuantizedArray) else value)
                 del value
 
 

@@ -86,6 +86,10 @@ class Report:
 
     Attributes:
       leaves: one entry for each array of the tree.
+
+    Example:
+      >>> report(None, {"bias": np.zeros(3, np.float32)}).nbytes
+      20
     """
 
     leaves: tuple[LeafReport, ...]
@@ -246,7 +250,7 @@ def leaf_report(path: str, original: Any, quantized: Any, *, entry: PlanEntry | 
 def energies(original: Any, quantized: Any) -> tuple[float, float]:
     """(sum of w**2, sum of (w - wq)**2), added up in float64, a piece at a time."""
     exact = np.asarray(original).reshape(-1)
-    near = np.asarray(decode(quantized) if isinstance(quantized, QuantizedArray) else quantized).reshape(-1)
+    near = np.asarray(quantized.dequantize() if isinstance(quantized, QuantizedArray) else quantized).reshape(-1)
     signal = noise = 0.0
     for start in range(0, exact.size, PIECE):
         w = _doubles(exact[start : start + PIECE])
@@ -254,12 +258,6 @@ def energies(original: Any, quantized: Any) -> tuple[float, float]:
         signal += float(np.vdot(w, w).real)
         noise += float(np.vdot(error, error).real)
     return signal, noise
-
-
-@jax.jit
-def decode(array: QuantizedArray) -> jax.Array:
-    """`array.dequantize()` as one program, which holds no more than it must."""
-    return array.dequantize()
 
 
 def decibels(signal: float | None, noise: float | None) -> float | None:

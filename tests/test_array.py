@@ -17,7 +17,7 @@ every_decoder = pytest.mark.parametrize("array", DECODERS.values(), ids=DECODERS
 
 def decode_by_loop(array: QuantizedArray) -> np.ndarray:
     """The weight matrix `[in, out]`, one value at a time."""
-    codes = np.asarray(array.unpack())
+    codes = np.asarray(array.unpack(), np.int64)
     groups, outs, stages = codes.shape
     dim, bits = array.layout.dim, array.codes.bits
     matrix = np.zeros((groups * dim, outs))
