@@ -59,26 +59,32 @@ def _lloyd(points: Array, centroids: Array, weights: Array, iterations: Array, c
     (n, d), k = points.shape, centroids.shape[0]
     by_coordinate = weights.ndim == 2 and d > 1
     length = chunk_length(n, k)
-    point_chunks, weight_chunks = in_chunks(points, length), in_chunks(weights.reshape(n, -1), length)
+    chunks_of = functools.partial(_column_chunks, length=length)
+    point_chunks, weight_chunks = chunks_of(points), chunks_of(weights.reshape(n, -1))
     chunks = -(-count // max(length, 1))
     centre = centroids.astype(jnp.float32).mean(axis=0)
 
     def move(_: Array, centroids: Float[Array, "k d"]) -> Float[Array, "k d"]:
         def add_chunk(i: Array, moments: Float[Array, "k e"]) -> Float[Array, "k e"]:
-            x = point_chunks[i].astype(jnp.float32) - centre
+            x = point_chunks[i].astype(jnp.float32) - centre[:, None]
             inside = i * length + jnp.arange(length) < count
-            w = jnp.where(inside[:, None], weight_chunks[i].astype(jnp.float32), 0)
+            w = jnp.where(inside, weight_chunks[i].astype(jnp.float32), 0)
             codes = roughly_nearest(x, centroids, w if by_coordinate else None)
-            return moments + sums_by_code(jnp.concatenate([w, w * x, w * x**2], axis=1), codes, k)
+            squares = jnp.sum(w * x**2, axis=0, keepdims=True)
+            return moments + sums_by_code(jnp.concatenate([w, w * x, squares]).T, codes, k)
 
-        moments = lax.fori_loop(0, chunks, add_chunk, jnp.zeros((k, weight_chunks.shape[2] + 2 * d)))
+        moments = lax.fori_loop(0, chunks, add_chunk, jnp.zeros((k, weight_chunks.shape[1] + d + 1)))
         return update(centroids, moments)
 
     return lax.fori_loop(0, iterations, move, centroids.astype(jnp.float32) - centre) + centre
 
 
+def _column_chunks(rows: Shaped[Array, "n e"], length: int) -> Shaped[Array, "chunks e length"]:
+    return in_chunks(rows, length).transpose(0, 2, 1)
+
+
 def roughly_nearest(
-    points: Float[Array, "n d"], centroids: Float[Array, "k d"], weights: Float[Array, "n d"] | None
+    points: Float[Array, "d n"], centroids: Float[Array, "k d"], weights: Float[Array, "d n"] | None
 ) -> Int32[Array, " n"]:
     """The nearest centroid in one reduction, half of what an exact answer takes on a processor.
 
@@ -88,7 +94,7 @@ def roughly_nearest(
     """
     k = centroids.shape[0]
     mask = 2 ** (k - 1).bit_length() - 1
-    squares = 0.5 * jnp.sum(points**2 if weights is None else weights * points**2, axis=1)
+    squares = 0.5 * jnp.sum(points**2 if weights is None else weights * points**2, axis=0)
     distance = jnp.maximum(scores(points, centroids, weights) + squares, 1e-30)  # below 1e-38 the index would be lost
     high = lax.bitcast_convert_type(distance, jnp.int32) & ~mask
     packed = lax.bitcast_convert_type(high | lax.broadcasted_iota(jnp.int32, (k, 1), 0), jnp.float32)
@@ -96,34 +102,33 @@ def roughly_nearest(
 
 
 def update(centroids: Float[Array, "k d"], moments: Float[Array, "k e"]) -> Float[Array, "k d"]:
-    """New centroids from each cluster's sums of `weight`, `weight * x` and `weight * x**2`."""
+    """New centroids from each cluster's sums of `weight`, `weight * x` and `weight * |x|**2`."""
     d = centroids.shape[1]
-    mass, first, second = moments[:, : -2 * d], moments[:, -2 * d : -d], moments[:, -d:]
+    mass, first, second = moments[:, : -d - 1], moments[:, -d - 1 : -1], moments[:, -1]
     means = jnp.where(mass > 0, safe_divide(first, mass), centroids)
-    squares = safe_divide(second, mass)
-    variance = squares - means**2
+    total = mass.sum(axis=1) * (d // mass.shape[1])
+    squares = safe_divide(second, total)
+    variance = squares - safe_divide(jnp.sum(mass * means**2, axis=1), total)
     variance = jnp.where(variance > 1e-5 * squares, variance, 0)  # less is rounding
-    return split_for_empty(means, variance, mass.sum(axis=1))
+    return split_for_empty(means, variance, total)
 
 
 def split_for_empty(
-    centroids: Float[Array, "k d"], variance: Float[Array, "k d"], mass: Float[Array, " k"]
+    centroids: Float[Array, "k d"], variance: Float[Array, " k"], mass: Float[Array, " k"]
 ) -> Float[Array, "k d"]:
     """Gives the i-th empty cluster one half of the i-th most populated one.
 
-    The two halves lie half a standard deviation on either side of the old centroid, along the coordinate in which
-    the cluster is widest: for nearly any shape of cluster this is better than the one centroid was.
+    The two halves lie half a standard deviation on either side of the old centroid in every coordinate.
 
     Source: Stock et al., "And the Bit Goes Down: Revisiting the Quantization of Neural Networks", 2020,
     arXiv 1907.05686, who split the most populated cluster too, by a random step.
     """
-    k, d = centroids.shape
+    k = centroids.shape[0]
     empty = mass <= 0
     most_populated_first = jnp.argsort(-mass)
     rank = jnp.cumsum(empty) - 1
     donor = most_populated_first[rank % jnp.maximum(k - empty.sum(), 1)]
-    widest = jnp.argmax(variance[donor], axis=1)
-    step = jnp.where(jnp.arange(d) == widest[:, None], 0.5 * jnp.sqrt(variance[donor]), 0)
+    step = 0.5 * jnp.sqrt(variance[donor])[:, None]
     halves = jnp.where(empty[:, None], centroids[donor] + step, centroids)
     return halves.at[jnp.where(empty, donor, k)].set(centroids[donor] - step, mode="drop")
 

@@ -156,7 +156,9 @@ def beam_search(
         def errors(left: Float[Array, "n d"], live: Bool[Array, " n"]) -> Float[Array, "k n"]:
             x = left - centre
             own = 0.5 * jnp.sum(x**2 if weights is None else weights * x**2, axis=1)
-            return jnp.where(live, own + scores(x, codebook - centre, weights), jnp.inf)
+            return jnp.where(
+                live, own + scores(x.T, codebook - centre, None if weights is None else weights.T), jnp.inf
+            )
 
         best, error = smallest(jax.vmap(errors)(left, live).reshape(beam * k, n), beam)
         parent, code = best // k, best % k

@@ -93,24 +93,24 @@ def assign(
     points: Float[Array, "n d"], codebook: Float[Array, "k d"], weights: Float[Array, "n d"] | None
 ) -> Int32[Array, " n"]:
     """`nearest` for float32 arguments that are centred and few enough for an `[k, n]` array of scores."""
-    return first_smallest(scores(points, codebook, weights))
+    return first_smallest(scores(points.T, codebook, None if weights is None else weights.T))
 
 
 def scores(
-    points: Float[Array, "n d"], codebook: Float[Array, "k d"], weights: Float[Array, "n d"] | None
+    points: Float[Array, "d n"], codebook: Float[Array, "k d"], weights: Float[Array, "d n"] | None
 ) -> Float[Array, "k n"]:
     """The part of half the squared distance that depends on the codebook vector: `|c|**2 / 2 - x.c`.
 
     Both terms come out of one matrix product. Far from the origin they cancel and their rounding decides, so the
-    arguments must be centred.
+    arguments must be centred. Points are columns, because the product wants them so.
     """
     if weights is None:
         table = jnp.concatenate([0.5 * jnp.sum(codebook**2, axis=1, keepdims=True), -codebook], axis=1)
-        features = jnp.concatenate([jnp.ones_like(points[:, :1]), points], axis=1)
+        features = jnp.concatenate([jnp.ones_like(points[:1]), points])
     else:
         table = jnp.concatenate([0.5 * codebook**2, -codebook], axis=1)
-        features = jnp.concatenate([weights.astype(jnp.float32), weights * points], axis=1)
-    return matmul(table, features.T)
+        features = jnp.concatenate([weights, weights * points])
+    return matmul(table, features)
 
 
 def first_smallest(scores: Float[Array, "k n"]) -> Int32[Array, " n"]:
@@ -128,10 +128,10 @@ def first_smallest(scores: Float[Array, "k n"]) -> Int32[Array, " n"]:
 def chunk_length(n: int, k: int) -> int:
     """How many of `n` points to score against `k` vectors at once.
 
-    A tile of 2**18 scores fits in the second-level cache of a processor's core; an accelerator wants larger ones.
+    A tile of 2**19 scores stays in a processor's cache; an accelerator wants larger ones.
     The chunks are of equal length, so that little is padded.
     """
-    tile = 2**18 if jax.default_backend() == "cpu" else 2**26
+    tile = 2**19 if jax.default_backend() == "cpu" else 2**26
     chunks = -(-n // max(tile // k, 256))
     return -(-n // max(chunks, 1))
 
