@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
-from jaxvq._numerics import safe_divide
+from jaxvq._numerics import as_storage, from_storage, safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
 from jaxvq.bits import pack, zero_codes
 from jaxvq.cluster.buckets import map_problems, pad_problems
@@ -24,10 +24,12 @@ from jaxvq.ops.nearest import nearest
 
 Blocks = tuple[int, int]
 Decoder = Affine | Codebook
-CODES_AT_ONCE = 2**20
 VALUES_AT_ONCE = 2**20
 SAMPLE_ABOVE = 2**22
-SAMPLE_BLOCKS = 2**20
+LEAST_IMPORTANCE = 1e-6
+SAMPLE_BLOCKS = 2**18
+SAMPLE_BLOCKS_PER_ENTRY = 2**8
+SAMPLE_BLOCKS_MOST = 2**21  # three values each, which float32 can still count
 COSTS_AT_ONCE = 2**21
 
 
@@ -46,8 +48,12 @@ def uniform(weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks, bits
 def symmetric(weight: Float[Array, "..."], *, layout: Layout, blocks: Blocks, bits: int) -> Affine:
     """Evenly spaced levels around zero, in each block."""
     if bits == 1:
+        whole = blocks == (1, 1)
+        size = (
+            _mean_size_of_all(weight) if whole else _by_columns(_mean_size, weight, None, layout=layout, blocks=blocks)
+        )
         # The scale of an `Affine` is the distance of its levels, which lie at plus and minus the mean size.
-        return Affine(2 * _by_columns(_mean_size, weight, None, layout=layout, blocks=blocks))
+        return Affine(2 * size)
     return Affine(_step(*_extremes(weight, layout=layout, blocks=blocks), int(2 * symmetric_zero(bits))))
 
 
@@ -103,6 +109,19 @@ def round_codebook(vectors: Float[Array, "g_blocks out_blocks m k d"], dtype: st
     return Codebook(jnp.round(vectors / scale).astype(jnp.int8), scale)
 
 
+@functools.partial(jax.jit, static_argnames="layout")
+def importance_of(weights: Float[Array, "..."] | None, *, layout: Layout) -> Float[Array, "..."] | None:
+    """The importance that a method clusters with, at most 1; None where every value counts the same.
+
+    What counts nothing gets next to nothing, so that an unused channel still becomes something like itself. Vectors
+    with padding in them need a weight for each value, because the padding has none.
+    """
+    if weights is None:
+        return jnp.ones(layout.shape, jnp.float32) if layout.pad and layout.dim > 1 else None
+    largest = jnp.max(weights)
+    return jnp.where(largest > 0, jnp.maximum(safe_divide(weights, largest), LEAST_IMPORTANCE), 1)
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "bits"))
 def encode(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, decoder: Decoder, *, layout: Layout, bits: int
@@ -110,27 +129,30 @@ def encode(
     """The nearest codes of a decoder as it is stored, packed, some output columns at a time."""
     stages = 1 if isinstance(decoder, Affine) else decoder.vectors.shape[2]
     groups, outs = layout.grid
-    vectors = layout.to_vectors(weight)
-    importance = None if weights is None or layout.dim == 1 else layout.to_vectors(weights)
     zeros = zero_codes(groups, outs, stages, bits)
-    # Packed along `out`, a word holds codes of several columns, so the columns cannot be packed apart.
-    columns = outs if zeros.axis == 1 else min(outs, max(1, CODES_AT_ONCE // groups))
+    columns = min(outs, max(1, VALUES_AT_ONCE // (groups * layout.dim)))
+    slab_layout = _with_columns(layout, columns)
+    # Packed along `out`, a word holds codes of several columns: those are few enough to be packed at the end.
+    pack_each = zeros.axis == 0
 
-    def some(step: Integer[Array, ""], words: Array) -> Array:
+    def some(step: Integer[Array, ""], result: Array) -> Array:
         start = jnp.minimum(step * columns, outs - columns)
+        slab, importance = _slab(weight, weights, start, layout=layout, columns=columns)
+        vectors = slab_layout.to_vectors(slab)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=columns, axis=1)
         part = jax.tree.map(lambda leaf: leaf if leaf.shape[1] == 1 else cut(leaf), decoder)
-        some_vectors, some_importance = jax.tree.map(cut, (vectors, importance))
         if isinstance(part, Affine):
-            codes = _affine_codes(some_vectors, part, bits)
+            codes = _affine_codes(vectors, part, bits)
         else:
-            codes = _codebook_codes(some_vectors, some_importance, part)
-        packed = pack(codes, bits, axis=zeros.axis)
-        return packed.words if zeros.axis else jax.lax.dynamic_update_slice_in_dim(words, packed.words, start, axis=1)
+            mass = None if importance is None or layout.dim == 1 else slab_layout.to_vectors(importance)
+            codes = _codebook_codes(vectors, mass, part)
+        update = pack(codes, bits, axis=0).words if pack_each else codes.astype(jnp.uint32)
+        return jax.lax.dynamic_update_slice_in_dim(result, update, start, axis=1)
 
-    steps = -(-outs // columns)
-    words = jax.lax.fori_loop(0, steps, some, zeros.words)
-    return QuantizedArray(dataclasses.replace(zeros, words=words), decoder, layout)
+    start = zeros.words if pack_each else jnp.zeros((groups, outs, stages), jnp.uint32)
+    result = jax.lax.fori_loop(0, -(-outs // columns), some, start)
+    codes = dataclasses.replace(zeros, words=result) if pack_each else pack(result, bits, axis=1)
+    return QuantizedArray(codes, decoder, layout)
 
 
 def _affine_codes(vectors: Shaped[Array, "g out 1"], decoder: Affine, bits: int) -> Integer[Array, "g out 1"]:
@@ -195,10 +217,10 @@ def _by_columns(
     blocks: Blocks,
 ) -> Float[Array, "g_blocks out_blocks *rest"]:
     """`fit` over slabs of output columns, put together: all problems at once would take several times the memory."""
+    assert blocks[1] == layout.grid[1], "slabs of columns cannot share a block"
     parts = [
-        fit(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, blocks=(blocks[0], share))
+        fit(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, blocks=(blocks[0], columns))
         for start, columns, slab in _slabs(layout)
-        for share in [blocks[1] * columns // layout.grid[1] or 1]
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
@@ -212,9 +234,16 @@ def _slabs(layout: Layout) -> list[tuple[int, int, Layout]]:
     slabs = []
     for start in range(0, outs, most):
         columns = min(most, outs - start)
-        shape = (*layout.shape[: layout.out_axis], columns, *layout.shape[layout.out_axis + 1 :])
-        slabs.append((start, columns, dataclasses.replace(layout, shape=shape)))
+        slabs.append((start, columns, _with_columns(layout, columns)))
     return slabs
+
+
+def _with_columns(layout: Layout, columns: int) -> Layout:
+    """The layout of some columns of the weight."""
+    if layout.out_axis is None:
+        return layout
+    shape = (*layout.shape[: layout.out_axis], columns, *layout.shape[layout.out_axis + 1 :])
+    return dataclasses.replace(layout, shape=shape)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "columns"))
@@ -228,8 +257,18 @@ def _slab(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
     if layout.out_axis is None:
         return weight, weights
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=columns, axis=layout.out_axis)
+
+    def cut(values: Array) -> Array:
+        stored = as_storage(values)
+        part = jax.lax.dynamic_slice_in_dim(stored, start_index=start, slice_size=columns, axis=layout.out_axis or 0)
+        return from_storage(part, values.dtype)
+
     return jax.tree.map(cut, (weight, weights))
+
+
+@jax.jit
+def _mean_size_of_all(weight: Float[Array, "..."]) -> Float[Array, "1 1 1"]:
+    return jnp.mean(jnp.abs(weight), dtype=jnp.float32).reshape(1, 1, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "blocks"))
@@ -260,7 +299,8 @@ def _column_palettes(
 def _whole_palette(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, k: int
 ) -> Float[Array, "1 1 1 k 1"]:
-    block = -(-layout.size // SAMPLE_BLOCKS) if layout.size > SAMPLE_ABOVE else 1
+    blocks = min(max(SAMPLE_BLOCKS, SAMPLE_BLOCKS_PER_ENTRY * k), SAMPLE_BLOCKS_MOST)
+    block = -(-layout.size // blocks) if layout.size > SAMPLE_ABOVE else 1
     samples = [
         _sample(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, block=block)
         for start, columns, slab in _slabs(layout)
@@ -281,18 +321,24 @@ def _sample(
 def _palette_problems(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks
 ) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
-    return pad_problems(*_block_values(weight, weights, layout, blocks))
+    values, mass = _block_values(weight, weights, layout, blocks)
+    if values.shape[1] > SAMPLE_ABOVE:
+        values, mass = jax.vmap(functools.partial(thin, block=-(-values.shape[1] // SAMPLE_BLOCKS)))(values, mass)
+    return pad_problems(values, mass)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "subspaces"))
 def _vector_problems(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, subspaces: bool
-) -> tuple[Float[Array, "p n d"], Float[Array, "p n *w"], Integer[Array, ""]]:
+) -> tuple[Shaped[Array, "p n d"], Float[Array, "p n *w"], Integer[Array, ""]]:
     blocks = (layout.grid[0] if subspaces else 1, 1)
-    points = _to_blocks(layout.to_vectors(weight), blocks)
-    mass = jnp.ones(points.shape[:2]) if weights is None else _to_blocks(layout.to_vectors(weights), blocks)
+    points = _to_blocks(from_storage(layout.to_vectors(as_storage(weight)), weight.dtype), blocks)
+    mass = (
+        jnp.ones(points.shape[:2], jnp.float32) if weights is None else _to_blocks(layout.to_vectors(weights), blocks)
+    )
     count = jnp.int32(points.shape[1])
-    padded, mass = pad_problems(points.astype(jnp.float32), mass)
+    padded, mass = pad_problems(as_storage(points), mass)
+    padded = from_storage(padded, points.dtype)
     # Padding the number of problems would cluster for nothing.
     return padded[: blocks[0]], mass[: blocks[0]], count
 
@@ -303,7 +349,7 @@ def fit_palettes(
 ) -> Float[Array, "p k"]:
     """The optimal codebooks of the first `count` problems: the one program that `KMeans` compiles per bucket."""
     at_once = max(1, COSTS_AT_ONCE // grid_size(points.shape[1], k) ** 2)
-    return map_problems(lambda x, w: kmeans1d(x, k, weights=w), jnp.asarray(count), at_once, points, mass)
+    return map_problems(lambda x, w: kmeans1d(x, k, weights=w), jnp.asarray(count, jnp.int32), at_once, points, mass)
 
 
 def _block_values(
@@ -311,7 +357,7 @@ def _block_values(
 ) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
     """The values of each block and their importance, which is 0 for padding."""
     values = _to_blocks(layout.to_vectors(weight), blocks)[..., 0].astype(jnp.float32)
-    importance = jnp.ones(layout.shape) if weights is None else weights
+    importance = jnp.ones(layout.shape, jnp.float32) if weights is None else weights
     return values, _to_blocks(layout.to_vectors(importance), blocks)[..., 0].astype(jnp.float32)
 
 

@@ -1,8 +1,10 @@
 """Every choice made for the safety of floating-point numbers, each a function with its reason."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 
 def safe_divide(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -25,9 +27,24 @@ def running_sum(values: Float[Array, "*rows n"]) -> Float[Array, "*rows n1"]:
     n = values.shape[-1]
     length = min(n, 256)
     rows = jnp.pad(values, (*((0, 0),) * (values.ndim - 1), (0, -n % length))).reshape(*values.shape[:-1], -1, length)
-    inside = matmul(rows, jnp.triu(jnp.ones((length, length + 1)), 1))
+    inside = matmul(rows, jnp.triu(jnp.ones((length, length + 1), jnp.float32), 1))
     if n == length:
         return inside[..., 0, :]
     before = running_sum(inside[..., -1])
     sums = (before[..., :-1, None] + inside[..., :-1]).reshape(*values.shape[:-1], -1)
     return jnp.concatenate([sums[..., :n], before[..., -1:]], axis=-1)
+
+
+def as_storage(values: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """16-bit floats as the integers of their bits, anything else as it is; `from_storage` undoes it.
+
+    For arrays that are sliced or transposed whole: XLA's CPU backend first widens an array of 16-bit floats to
+    float32, which takes twice its memory.
+    """
+    sixteen = jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize == 2
+    return lax.bitcast_convert_type(values, jnp.uint16) if sixteen else values
+
+
+def from_storage(values: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
+    """Values of `dtype` from what `as_storage` returned."""
+    return values if values.dtype == dtype else lax.bitcast_convert_type(values, dtype)

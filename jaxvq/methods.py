@@ -192,6 +192,7 @@ class KMeans(AbstractMethod):
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key
+        weights = _fit.importance_of(weights, layout=layout)
         vectors = _fit.palettes(weight, weights, layout=layout, blocks=_blocks(layout, self.per), k=self.entries)
         return _encode(weight, None, vectors, layout, self.codebook_dtype)
 
@@ -241,6 +242,7 @@ class RowVQ(AbstractMethod):
         return _codebook_template(layout, (1, 1, 1, self.entries(outs), layout.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
+        weights = _fit.importance_of(weights, layout=layout)
         vectors = _fit.product(
             weight,
             weights,
@@ -308,6 +310,7 @@ class Product(AbstractMethod):
         return _codebook_template(layout, (subspaces, 1, 1, self.entries, self.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
+        weights = _fit.importance_of(weights, layout=layout)
         subspaces = self.codebooks == "subspace"
         vectors = _fit.product(
             weight, weights, key, layout=layout, subspaces=subspaces, k=self.entries, iterations=self.iterations
@@ -364,6 +367,7 @@ class Residual(AbstractMethod):
         return _codebook_template(layout, (1, 1, self.stages, self.entries, self.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
+        weights = _fit.importance_of(weights, layout=layout)
         vectors = _fit.residual(
             weight, weights, key, layout=layout, k=self.entries, stages=self.stages, iterations=self.iterations
         )
@@ -396,15 +400,24 @@ def method_from_json(data: Mapping[str, Any]) -> AbstractMethod:
 
 
 def _scalar_layout(shape: tuple[int, ...], dtype: Any, out_axis: int | None, channels_last: bool, per: Per) -> Layout:
-    group = per if isinstance(per, int) else 1
-    return Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last, group=group)
+    layout = Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last)
+    return (
+        dataclasses.replace(layout, pad=-layout.matrix_shape[0] % _group(layout, per))
+        if isinstance(per, int)
+        else layout
+    )
+
+
+def _group(layout: Layout, per: int) -> int:
+    """The group size, which is at most the input side."""
+    return min(per, layout.matrix_shape[0])
 
 
 def _blocks(layout: Layout, per: Per) -> tuple[int, int]:
     """How many ranges or palettes lie along (g, out)."""
     groups, outs = layout.grid
     if isinstance(per, int):
-        return groups // per, outs
+        return groups // _group(layout, per), outs
     return (1, outs) if per == "channel" else (1, 1)
 
 

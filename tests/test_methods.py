@@ -320,3 +320,65 @@ def test_fewer_distinct_values_than_entries(rng):
 def test_methods_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         KMeans().bits = 3  # type: ignore[misc]
+
+
+def test_one_bit_in_slabs(rng):
+    weight = jnp.asarray(rng.normal(size=(2**20, 2)), jnp.float32)
+    array = fit(Symmetric(bits=1), weight)
+    assert array.decoder.scale.shape == (1, 1, 1)
+    np.testing.assert_allclose(np.abs(array.dequantize()), np.abs(np.asarray(weight)).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", 700])
+def test_a_large_weight_is_fitted_in_slabs(per, rng):
+    # 2100 columns of 700 make two slabs, the second one smaller.
+    weight = jnp.asarray(rng.normal(size=(700, 2100)) * (1 + np.arange(2100)), jnp.float32)
+    array = fit(Uniform(bits=8, per=per), weight)
+    low, high = (
+        np.asarray(weight).min(axis=None if per == "tensor" else 0),
+        np.asarray(weight).max(axis=None if per == "tensor" else 0),
+    )
+    assert np.max(np.abs(np.asarray(array.dequantize() - weight)) / ((high - low) / 255)) < 0.501
+
+
+def test_sampling_does_not_follow_a_period(rng):
+    columns = np.where(np.arange(1024) % 32 < 3, 1.0, 0.1)
+    weight = jnp.asarray(rng.normal(size=(4200, 1024)) * columns, jnp.float32)
+    sampled = fit(KMeans(bits=4), weight)
+    whole = fit(KMeans(bits=4), weight[:500])
+    assert error(weight, sampled) < 1.02 * error(weight[:500], whole)
+
+
+def test_importance_of_nothing_is_no_importance(rng):
+    weight = jnp.asarray(rng.normal(size=(32, 24)), jnp.float32)
+    dead = jnp.ones((32, 24)).at[:, 3].set(0).at[:16, 5].set(0)
+    for method in (KMeans(bits=3, per="channel"), KMeans(k=4, per=16), Product(k=16, dim=4)):
+        array = fit(method, weight, dead)
+        assert float(jnp.mean((weight - array.dequantize()) ** 2)) < 0.5
+        np.testing.assert_allclose(
+            fit(method, weight, jnp.zeros((32, 24))).dequantize(), fit(method, weight).dequantize(), atol=1e-5
+        )
+
+
+def test_padding_of_a_vector_does_not_count(rng):
+    weight = jnp.asarray(rng.normal(size=(9, 64)), jnp.float32)
+    method = Product(bits=4, dim=4)
+    np.testing.assert_array_equal(
+        fit(method, weight).dequantize(), fit(method, weight, jnp.ones(weight.shape)).dequantize()
+    )
+
+
+def test_group_larger_than_the_input_side_is_the_input_side(rng):
+    weight = jnp.asarray(rng.normal(size=(9, 64)), jnp.float32)
+    array = fit(Uniform(bits=4, per=128), weight)
+    assert array.layout.pad == 0
+    np.testing.assert_array_equal(array.dequantize(), fit(Uniform(bits=4, per="channel"), weight).dequantize())
+
+
+@pytest.mark.parametrize("method", [KMeans(bits=11), Product(bits=5, dim=4), Residual(bits=3, dim=4)], ids=str)
+def test_works_with_64_bit_types(method, rng):
+    weight = rng.normal(size=(64, 48)).astype(np.float32)
+    with jax.enable_x64(True):
+        array = fit(method, weight)
+        assert array.dequantize().dtype == jnp.float32
+        array.validate()

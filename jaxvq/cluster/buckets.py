@@ -25,8 +25,8 @@ def bucket(n: int) -> int:
 
 
 def pad_problems(
-    points: Float[Array, "p n *d"], weights: Float[Array, "p n *w"]
-) -> tuple[Float[Array, "p1 n1 *d"], Float[Array, "p1 n1 *w"]]:
+    points: Shaped[Array, "p n *d"], weights: Float[Array, "p n *w"]
+) -> tuple[Shaped[Array, "p1 n1 *d"], Float[Array, "p1 n1 *w"]]:
     """Pads `p` clustering problems of `n` points to bucket sizes; the padding has weight 0."""
     p, n = points.shape[:2]
     pads = ((0, bucket(p) - p), (0, bucket(n) - n))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxvq._numerics import as_storage, from_storage
 from jaxvq.ops.nearest import in_chunks
 
 SAMPLE = 8192
@@ -39,12 +40,13 @@ def kmeans_plus_plus(
     sample_key, key = jax.random.split(key)
     if points.shape[0] > max(SAMPLE, 4 * k):
         rows = sample(sample_key, points.shape[0] if weights is None else weights > 0, max(SAMPLE, 4 * k))
-        points, weights = points[rows], None if weights is None else weights[rows]
-    weights = jnp.ones(points.shape[0]) if weights is None else weights.astype(jnp.float32)
+        points = from_storage(as_storage(points)[rows], points.dtype)
+        weights = None if weights is None else weights[rows]
+    weights = jnp.ones(points.shape[0], jnp.float32) if weights is None else weights.astype(jnp.float32)
     x = points.astype(jnp.float32).T
     batch = -(-k // ROUNDS)
     rounds = -(-k // batch)
-    places = jax.random.uniform(key, (rounds, batch))
+    places = jax.random.uniform(key, (rounds, batch), jnp.float32)
 
     def draw_batch(distance: Array, places: Array) -> tuple[Array, Array]:
         share = weights * jnp.where(jnp.isinf(distance), 1, distance)
@@ -53,7 +55,7 @@ def kmeans_plus_plus(
         squares = jnp.sum((x[:, None, :] - chosen[:, :, None]) ** 2, axis=0)
         return jnp.minimum(distance, squares.min(axis=0)), chosen.T
 
-    _, chosen = lax.scan(draw_batch, jnp.full(x.shape[1], jnp.inf), places)
+    _, chosen = lax.scan(draw_batch, jnp.full(x.shape[1], jnp.inf, jnp.float32), places)
     return chosen.reshape(rounds * batch, -1)[:k]
 
 
@@ -61,7 +63,7 @@ def sample(key: Array, real: Bool[Array, " n"] | int, size: int) -> Int[Array, "
     """Indices of `size` of the real points (`int`: all of so many): one at random from each of `size` stretches."""
     upto = None if isinstance(real, int) else jnp.cumsum(real.astype(jnp.int32))
     total = real if upto is None else upto[-1]
-    places = (jnp.arange(size) + jax.random.uniform(key, (size,))) / size
+    places = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(key, (size,), jnp.float32)) / size
     nth = jnp.minimum((places * total).astype(jnp.int32), total - 1)
     return nth if upto is None else jnp.searchsorted(upto, nth, side="right")
 

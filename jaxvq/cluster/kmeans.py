@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
-from jaxvq._numerics import matmul, safe_divide
+from jaxvq._numerics import as_storage, from_storage, matmul, safe_divide
 from jaxvq.ops.nearest import check_points, chunk_length, in_chunks, scores
 
 
@@ -50,7 +50,7 @@ def kmeans(
             f"`weights` must be {points.shape[:1]} or {points.shape} like `points`, got {weights.shape}; "
             "pass one per point or one per coordinate"
         )
-    per_point = jnp.ones(points.shape[:1]) if weights is None else weights
+    per_point = jnp.ones(points.shape[:1], jnp.float32) if weights is None else weights
     return _lloyd(points, centroids, per_point, iterations, points.shape[0] if count is None else count)
 
 
@@ -59,21 +59,21 @@ def _lloyd(points: Array, centroids: Array, weights: Array, iterations: Array, c
     (n, d), k = points.shape, centroids.shape[0]
     by_coordinate = weights.ndim == 2 and d > 1
     length = chunk_length(n, k)
-    chunks_of = functools.partial(_column_chunks, length=length)
-    point_chunks, weight_chunks = chunks_of(points), chunks_of(weights.reshape(n, -1))
+    point_chunks = _column_chunks(as_storage(points), length)
+    weight_chunks = _column_chunks(weights.reshape(n, -1), length)
     chunks = -(-count // max(length, 1))
     centre = centroids.astype(jnp.float32).mean(axis=0)
 
     def move(_: Array, centroids: Float[Array, "k d"]) -> Float[Array, "k d"]:
         def add_chunk(i: Array, moments: Float[Array, "k e"]) -> Float[Array, "k e"]:
-            x = point_chunks[i].astype(jnp.float32) - centre[:, None]
+            x = from_storage(point_chunks[i], points.dtype).astype(jnp.float32) - centre[:, None]
             inside = i * length + jnp.arange(length) < count
             w = jnp.where(inside, weight_chunks[i].astype(jnp.float32), 0)
             codes = roughly_nearest(x, centroids, w if by_coordinate else None)
             squares = jnp.sum(w * x**2, axis=0, keepdims=True)
             return moments + sums_by_code(jnp.concatenate([w, w * x, squares]).T, codes, k)
 
-        moments = lax.fori_loop(0, chunks, add_chunk, jnp.zeros((k, weight_chunks.shape[1] + d + 1)))
+        moments = lax.fori_loop(0, chunks, add_chunk, jnp.zeros((k, weight_chunks.shape[1] + d + 1), jnp.float32))
         return update(centroids, moments)
 
     return lax.fori_loop(0, iterations, move, centroids.astype(jnp.float32) - centre) + centre
@@ -145,8 +145,8 @@ def one_hot_sums(values: Float[Array, "n e"], codes: Int32[Array, " n"], k: int)
     length = chunk_length(values.shape[0], k)
 
     def add(sums: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        one_hot = jax.nn.one_hot(chunk[1][:, 0], k, axis=0)
+        one_hot = jax.nn.one_hot(chunk[1][:, 0], k, axis=0, dtype=jnp.float32)
         return sums + matmul(one_hot, chunk[0]), None
 
     chunks = in_chunks(values, length), in_chunks(codes[:, None], length)
-    return lax.scan(add, jnp.zeros((k, values.shape[1])), chunks)[0]
+    return lax.scan(add, jnp.zeros((k, values.shape[1]), jnp.float32), chunks)[0]

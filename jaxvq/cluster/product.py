@@ -51,6 +51,9 @@ def fit_product(
         start = kmeans_plus_plus(key, x, k, weights=mass)
         return kmeans(x, start, weights=w, iterations=iterations, count=count)
 
+    keys = jax.random.split(key, sets)
+    if sets == 1:  # a map would copy the points
+        return fit((keys[0], points[0], None if weights is None else weights[0]))[None]
     batch = min(sets, max(1, chunk_length(n * sets, k) // n))  # as many at once as one tile of scores holds
     batch = max(size for size in range(1, batch + 1) if sets % size == 0)
-    return lax.map(fit, (jax.random.split(key, sets), points, weights), batch_size=batch if batch > 1 else None)
+    return lax.map(fit, (keys, points, weights), batch_size=batch if batch > 1 else None)

@@ -64,7 +64,7 @@ def fit_residual(
         return left - codebook[nearest(left, codebook, weights=importance)], codebook
 
     _, codebooks = lax.scan(fit_stage, points, jax.random.split(key, stages))
-    mass = jnp.ones((n, 1)) if weights is None else weights.reshape(n, -1).astype(jnp.float32)
+    mass = jnp.ones((n, 1), jnp.float32) if weights is None else weights.reshape(n, -1).astype(jnp.float32)
     mass = jnp.where(jnp.arange(n)[:, None] < (n if count is None else count), mass, 0)
     if n > POINTS_PER_ENTRY * k:
         real = n if weights is None and count is None else mass.max(axis=1) > 0

@@ -134,3 +134,10 @@ def test_thin_clusters_like_all_values(rng):
     x, w = thin(jnp.asarray(values), jnp.ones(values.size), 8)
     whole, sample = kmeans1d(jnp.asarray(values), 16), kmeans1d(x, 16, weights=w)
     assert mse(values, sample) <= 1.002 * mse(values, whole)
+
+
+@pytest.mark.parametrize(("n", "k"), [(3000, 512), (20_000, 2048), (6000, 2048), (900, 900), (900, 1000), (1500, 1400)])
+def test_many_entries(n, k, rng):
+    values = rng.normal(size=n).astype(np.float32)
+    ours = kmeans1d(jnp.asarray(values), k)
+    assert mse(values, ours) <= (1.001 if k <= 1024 else 1.1) * exact_mse(values, min(k, n)) + 1e-12
