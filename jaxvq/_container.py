@@ -19,6 +19,7 @@ CHECKSUMS = "#crc32"
 METADATA = "__metadata__"
 MAX_HEADER_NBYTES = 100_000_000  # what the safetensors library accepts
 MAX_RANK = 64
+ALIGNMENT = 64  # bytes
 NUMPY_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -152,7 +153,7 @@ class Reader:
         """One tensor. Raises FileFormatError where it does not match its checksum."""
         tensor = self.tensors[name]
         dtype = tensor.dtype
-        data = np.empty(tensor.nbytes, np.uint8)
+        data = _aligned(tensor.nbytes)
         self._file.seek(self.header_nbytes + tensor.start)
         if self._file.readinto(data.data) != tensor.nbytes:
             self.fail(f"`{name}`", "ends before its last byte; the file was cut short")
@@ -209,6 +210,13 @@ class Reader:
         if not isinstance(content, dict):
             self.fail(where, "must be a JSON object; the file is damaged")
         return content
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Bytes that begin where JAX wants its arrays to; it would copy others instead of taking them as they are."""
+    data = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % ALIGNMENT
+    return data[start : start + nbytes]
 
 
 def is_sizes(value: Any) -> bool:

@@ -73,13 +73,28 @@ def flatten(tree: Any) -> list[Leaf]:
             raise ValueError(f"{name}: two leaves have this path; rename one of them")
         if isinstance(value, dict | list | tuple):
             value = {} if isinstance(value, dict) else []
-        elif value is not None and not hasattr(value, "dtype") and not isinstance(value, QuantizedArray):
-            raise TypeError(f"{name}: a leaf must be an array, got {type(value).__name__}; use jax.numpy.asarray")
+        else:
+            _check_array(name, value)
         steps = path[: len(path) - 1] if _boxed(path) else path
         if len(steps) > MAX_DEPTH:
             raise ValueError(f"{name}: a leaf may be {MAX_DEPTH} levels deep, got {len(steps)}; flatten the tree")
         leaves[name] = Leaf(name, tuple(_key_json(name, step) for step in steps), value)
     return list(leaves.values())
+
+
+def _check_array(name: str, value: Any) -> None:
+    if value is None or isinstance(value, QuantizedArray):
+        return
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(
+            f"{name}: a leaf must be an array, got {type(value).__name__}; use jax.numpy.asarray for a number, "
+            "or keep only the arrays of the tree, as equinox.filter(model, equinox.is_array) does"
+        )
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{name}: a leaf must hold numbers, got dtype {value.dtype}; leave random keys out, such as by "
+            "nnx.state(model, nnx.Param), or use jax.random.key_data"
+        )
 
 
 def unflatten(leaves: Iterable[Leaf], reader: Reader) -> Any:

@@ -48,3 +48,9 @@ def as_storage(values: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 def from_storage(values: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
     """Values of `dtype` from what `as_storage` returned."""
     return values if values.dtype == dtype else lax.bitcast_convert_type(values, dtype)
+
+
+def safe_sqrt(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The square root, with gradient 0 at 0: its own is infinite there, and NaN after the chain rule."""
+    nonzero = values != 0
+    return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, values, 1)), 0)

@@ -14,7 +14,7 @@ from jaxvq._container import tensor_of
 from jaxvq._leaves import Leaf
 from jaxvq._writer import Writer
 from jaxvq.array import QuantizedArray
-from jaxvq.metrics import LeafReport, Report, leaf_report
+from jaxvq.metrics import LeafReport, Report, energies, leaf_report
 from jaxvq.quantize import quantize_leaf
 from jaxvq.spec import Plan, PlanEntry, Spec, resolve
 from jaxvq.storage import CheckpointReader, CheckpointWriter
@@ -103,8 +103,14 @@ def inspect_file(source: CheckpointReader, *, progress: Progress) -> Report:
 
 
 def _measure(source: CheckpointReader, written: CheckpointReader, entry: PlanEntry) -> LeafReport:
-    original = None if entry.method is None else source.read(entry.path)
-    return leaf_report(entry.path, original, written.read(entry.path), entry=entry)
+    leaf = written.read(entry.path)
+    figures = leaf_report(entry.path, None, leaf, entry=entry)
+    if not isinstance(leaf, QuantizedArray):
+        return figures
+    near = np.asarray(leaf.dequantize())  # first, for it takes more memory while it runs
+    del leaf
+    signal, noise = energies(source.read(entry.path), near)
+    return dataclasses.replace(figures, signal=signal, noise=noise)
 
 
 def _keep_dtype(entry: PlanEntry, dtype: str) -> PlanEntry:

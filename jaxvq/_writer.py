@@ -52,8 +52,8 @@ class Writer:
         token: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
         _check_target(self.path, force)
+        self.partial = self.path.with_name(self.path.name + ".partial")
         self._keep = token is not None
         extra = [Tensor(CHECKSUMS, "U32", (len(tensors) + 1,))] if checksums else []
         self._tensors = _arrange((*tensors, *extra))

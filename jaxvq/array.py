@@ -80,7 +80,7 @@ class Codebook(AbstractDecoder):
         g = jnp.arange(groups, dtype=jnp.int32)[:, None] // (groups // g_blocks)
         out = jnp.arange(outs, dtype=jnp.int32) // (outs // out_blocks)
         table = self.vectors.reshape(-1, dim).astype(jnp.float32)
-        total = jnp.zeros((groups, outs, dim))
+        total = jnp.zeros((groups, outs, dim), jnp.float32)
         # Stage by stage: all stages' vectors at once would take m times the weight's memory.
         for m in range(stages):
             rows = ((g * out_blocks + out) * stages + m) * k + codes[..., m].astype(jnp.int32)
@@ -174,6 +174,10 @@ class QuantizedArray:
             decode = jax.vmap(decode)
         return decode(self)
 
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Refused: numpy would else make an array of one object, without a word."""
+        raise TypeError("an array of numbers is needed, got a QuantizedArray, which holds codes; call .dequantize()")
+
     def unpack(self) -> Integer[Array, "*stack g out m"]:
         """The codes as integers."""
         read = unpack
@@ -220,8 +224,8 @@ def is_quantized(node: Any) -> bool:
 def partition(tree: Any) -> tuple[Any, Any]:
     """Splits a tree into what trains and what does not; the holes are None.
 
-    Floating-point leaves train: float parameters, codebooks, scales. Codes and every other integer do not, so
-    `jax.grad` and an optimizer that see only the first tree cannot touch them.
+    Floating-point leaves train: float parameters, codebooks, scales. Codes and every other integer do not, nor do
+    random keys, functions and texts, so `jax.grad` and an optimizer that see only the first tree cannot touch them.
 
     Example:
       >>> trainable, frozen = partition({"w": jnp.ones(2), "step": jnp.array(3)})
@@ -244,7 +248,9 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 def _keep(leaf: Any, *, floating: bool) -> Any:
-    return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) == floating else None
+    numeric = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+    dtype = getattr(leaf, "dtype", None) or (jnp.result_type(leaf) if numeric else None)
+    return leaf if (dtype is not None and jnp.issubdtype(dtype, jnp.inexact)) == floating else None
 
 
 def symmetric_zero(bits: int) -> float:

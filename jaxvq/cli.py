@@ -1,6 +1,7 @@
 """The command `jaxvq plan | quantize | inspect | dequantize`."""
 
 import argparse
+import csv
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EPILOG = """
 The input is any safetensors file, whatever framework wrote it. A tensor named `...weight` has its output features on
 axis 0 (PyTorch), `...kernel` on the last axis (Flax), `...embedding` on axis 0; --out-axis says otherwise.
+PyTorch's ConvTranspose `...weight` is [in, out, ...]: it needs `out_axis` 1 in a rule of a --spec file.
 Interrupt a long run, and the same command goes on from where it was.
 """
 
@@ -95,6 +97,8 @@ def dequantize(args: argparse.Namespace) -> None:
     _refuse_same(args)
     with CheckpointReader(args.input) as source:
         dequantize_file(source, args.output, force=args.force, progress=_progress)
+    if args.json:
+        print(json.dumps({"file": args.output, "nbytes": Path(args.output).stat().st_size}, indent=2))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,10 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     for command, output, spec in ((plan, False, True), (quantize, True, True), (inspect, False, False)):
         sub = _add_command(commands, command, output=output)
-        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        form = sub.add_mutually_exclusive_group()
+        form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
         if spec:
             _add_spec(sub)
-    _add_command(commands, dequantize, output=True)
+    sub = _add_command(commands, dequantize, output=True)
+    sub.add_argument("--json", action="store_true", help="print the file's name and bytes as JSON")
     return parser
 
 
@@ -137,15 +144,17 @@ def _add_spec(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--codebook-dtype", help="float32, bfloat16 or int8")
     group.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="names that stay float (regex)")
     group.add_argument("--out-axis", type=int, metavar="N", help="axis of output features in all quantized tensors")
-    group.add_argument("--seed", type=int, default=0, help="the random seed (default 0)")
+    group.add_argument("--seed", type=int, default=0, help="the random seed, from 0 to 2**63 - 1 (default 0)")
 
 
 def _per(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def _spec(args: argparse.Namespace, source: CheckpointReader) -> Spec:
     """The spec that the options or the file ask for."""
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"`--seed` must be from 0 to 2**63 - 1, got {args.seed}; choose another")
     names = ("method", "bits", "k", "per", "dim", "stages", "fraction", "codebooks", "codebook_dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.spec is None:
@@ -171,7 +180,9 @@ def _read_spec(path: str) -> Spec:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; name the JSON file of a spec")
     try:
-        return Spec.from_json(Path(path).read_text())
+        return Spec.from_json(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be the JSON text of a spec, got bytes that are no text; see --help") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -189,6 +200,8 @@ def _progress(items: Sequence[Any], text: str) -> Iterable[Any]:
 def _print_report(report: Report, args: argparse.Namespace, title: str, facts: dict[str, Any]) -> None:
     if args.json:
         print(json.dumps({**facts, **report.to_json()}, indent=2))
+    elif args.csv:
+        print(report.to_csv(), end="")
     elif sys.stdout.isatty():
         Console().print(report.table(escape(title)))
     else:
@@ -200,6 +213,11 @@ def _print_tensors(source: CheckpointReader, args: argparse.Namespace, facts: di
     if args.json:
         rows = [{"path": t.name, "dtype": t.code, "shape": list(t.shape), "nbytes": t.nbytes} for t in tensors]
         print(json.dumps({**facts, "tensors": rows}, indent=2))
+        return
+    if args.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("path", "dtype", "shape", "nbytes"))
+        writer.writerows((t.name, t.code, "x".join(map(str, t.shape)), t.nbytes) for t in tensors)
         return
     table = Table("name", "shape", "dtype", "bytes", box=None, pad_edge=False)
     for tensor in tensors:

@@ -5,8 +5,11 @@ shapes it will produce (nothing is computed, so a plan is free), and `fit` produ
 """
 
 import abc
+import contextlib
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal, final
 
@@ -93,6 +96,7 @@ class Uniform(AbstractMethod):
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
+        _store_integers(self, "bits", "per")
         check_bits(self.bits, AFFINE_BITS)
         _check_per(self.per)
 
@@ -132,6 +136,7 @@ class Symmetric(AbstractMethod):
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
+        _store_integers(self, "bits", "per")
         check_bits(self.bits, AFFINE_BITS)
         _check_per(self.per)
 
@@ -172,6 +177,7 @@ class KMeans(AbstractMethod):
     codebook_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        _store_integers(self, "bits", "k", "per")
         _check_rate(self.bits, self.k)
         _check_per(self.per)
         _check_codebook_dtype(self.codebook_dtype)
@@ -222,8 +228,9 @@ class RowVQ(AbstractMethod):
     def __post_init__(self) -> None:
         if self.fraction is not None and self.k is not None:
             raise ValueError(f"`fraction` and `k` exclude each other, got {self.fraction} and {self.k}; give one")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"`fraction` must be above 0 and at most 1, got {self.fraction}; use for example 0.1")
+        _store_integers(self, "k", "iterations")
+        if self.fraction is not None:
+            object.__setattr__(self, "fraction", _checked_fraction(self.fraction))
         _check_rate(None, self.k)
         _check_codebook_dtype(self.codebook_dtype)
         _check_count("iterations", self.iterations)
@@ -288,6 +295,7 @@ class Product(AbstractMethod):
     iterations: int = 25
 
     def __post_init__(self) -> None:
+        _store_integers(self, "bits", "k", "dim", "iterations")
         _check_rate(self.bits, self.k)
         _check_count("dim", self.dim)
         _check_count("iterations", self.iterations)
@@ -348,6 +356,7 @@ class Residual(AbstractMethod):
     iterations: int = 25
 
     def __post_init__(self) -> None:
+        _store_integers(self, "stages", "bits", "k", "dim", "iterations")
         _check_count("stages", self.stages)
         _check_rate(self.bits, self.k)
         _check_count("dim", self.dim)
@@ -388,9 +397,10 @@ def method_from_json(data: Mapping[str, Any]) -> AbstractMethod:
       KMeans(bits=4, k=None, per='tensor', codebook_dtype='float32')
     """
     by_name = {cls.__name__: cls for cls in METHODS}
-    if not isinstance(data, Mapping) or data.get("method") not in by_name:
+    name = data.get("method") if isinstance(data, Mapping) else None
+    if not isinstance(name, str) or name not in by_name:
         raise ValueError(f'`method` must be {{"method": NAME, ...}} with one of {", ".join(by_name)}, got {data!r}')
-    cls = by_name[data["method"]]
+    cls = by_name[name]
     fields = {name: value for name, value in data.items() if name != "method"}
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(known))
@@ -449,6 +459,21 @@ def _entries(bits: int | None, k: int | None, *, default_bits: int) -> int:
     if k is not None:
         return k
     return 2 ** (default_bits if bits is None else bits)
+
+
+def _store_integers(method: AbstractMethod, *names: str) -> None:
+    """Stores integers of any type as `int`, which JSON can write; what is none is left for the checks to refuse."""
+    for name in names:
+        value = getattr(method, name)
+        if not isinstance(value, bool):
+            with contextlib.suppress(TypeError):
+                object.__setattr__(method, name, operator.index(value))
+
+
+def _checked_fraction(fraction: Any) -> float:
+    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction <= 1:
+        raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction!r}; use for example 0.1")
+    return float(fraction)
 
 
 def _check_rate(bits: int | None, k: int | None) -> None:

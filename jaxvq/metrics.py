@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +18,7 @@ from jaxvq._container import CHECKSUMS, checksums_nbytes
 from jaxvq._hostcodes import iter_codes
 from jaxvq._leaves import flatten, parts
 from jaxvq.array import Affine, Codebook, QuantizedArray
-from jaxvq.spec import Plan, PlanEntry
+from jaxvq.spec import WEIGHT_RANK, Plan, PlanEntry
 
 PIECE = 1 << 20  # values at a time
 
@@ -71,8 +72,8 @@ class LeafReport:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller it became."""
-        return self.original_nbytes / max(1, self.nbytes)
+        """How many times smaller it became; 1 for a leaf without values."""
+        return self.original_nbytes / max(1, self.nbytes) if self.original_nbytes else 1.0
 
     @property
     def sqnr_db(self) -> float | None:
@@ -116,8 +117,8 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the tree became."""
-        return self.original_nbytes / max(1, self.nbytes)
+        """How many times smaller the tree became; 1 for a tree without values."""
+        return self.original_nbytes / max(1, self.nbytes) if self.original_nbytes else 1.0
 
     @property
     def sqnr_db(self) -> float | None:
@@ -181,10 +182,17 @@ def report(original_params: Any, quantized_params: Any, *, plan: Plan | None = N
 
     Raises:
       ValueError: if the trees have other leaves or shapes.
+      TypeError: if `original_params` is quantized, or a leaf is no array of numbers.
 
     Example:
-      >>> print(report(params, quantized))
+      >>> import jaxvq
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32)), "bias": np.zeros(32, np.float32)}
+      >>> figures = report(params, jaxvq.quantize_params(params, jaxvq.KMeans(bits=4), key=jax.random.key(1)))
+      >>> figures.nbytes, round(figures.ratio, 1), figures.leaves[0].note
+      (1232, 6.8, 'rank 1, not a weight matrix')
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"`plan` must be a Plan, got {plan!r}; pass jaxvq.resolve(original_params, spec)")
     entries = {entry.path: entry for entry in plan.entries} if plan else {}
     leaves = [leaf for leaf in flatten(quantized_params) if leaf.parts()]
     originals: dict[str, Any] = {}
@@ -208,16 +216,22 @@ def leaf_report(path: str, original: Any, quantized: Any, *, entry: PlanEntry | 
 
     Works on `jax.ShapeDtypeStruct`s too, but for the error and for what the codes tell.
     """
+    if isinstance(original, QuantizedArray):
+        raise TypeError(
+            f"{path}: `original_params` must hold plain arrays, got a QuantizedArray; "
+            "pass the tree before `quantize_params` first, the one after it second"
+        )
     if original is not None and tuple(original.shape) != tuple(quantized.shape):
         raise ValueError(
             f"{path}: `original_params` and `quantized_params` must have the same shapes, "
             f"got {tuple(original.shape)} and {tuple(quantized.shape)}; pass the trees before and after"
         )
-    method = _method_text(entry.method) if entry is not None and entry.method is not None else ""
+    method = str(entry.method) if entry is not None and entry.method is not None else ""
     signal, noise = energies(original, quantized) if original is not None else (None, None)
     nbytes = {name: math.prod(a.shape) * np.dtype(a.dtype).itemsize for name, a in parts(path, quantized).items()}
     notes = [entry.reason] if entry is not None and entry.reason else []
     if not isinstance(quantized, QuantizedArray):
+        notes = notes or [_why_float(quantized)]
         return LeafReport(
             path,
             tuple(quantized.shape),
@@ -292,11 +306,12 @@ def _doubles(values: np.ndarray) -> np.ndarray:
     return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
 
 
-def _method_text(method: Any) -> str:
-    """A method as one would write it: `KMeans(bits=4)`."""
-    fields = ((f.name, getattr(method, f.name), f.default) for f in dataclasses.fields(method))
-    given = ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
-    return f"{type(method).__name__}({given})"
+def _why_float(leaf: Any) -> str:
+    """Why a leaf stayed float, as far as the leaf itself tells."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{np.dtype(leaf.dtype).name} is not a float dtype"
+    rank = len(leaf.shape)
+    return f"rank {rank}, not a weight matrix" if rank < WEIGHT_RANK else "kept float"
 
 
 def _decoder_text(array: QuantizedArray) -> str:

@@ -7,8 +7,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
+from jaxvq._numerics import as_storage, from_storage
 from jaxvq._pytree import path_key
 from jaxvq.array import QuantizedArray, is_quantized
 from jaxvq.methods import AbstractMethod
@@ -44,7 +45,8 @@ def quantize_params(
     Raises:
       ValueError: for NaN or Inf in a weight (not seen under `jax.jit`), a rule that matches nothing, a `k` above the
         number of vectors, statistics that fit no leaf.
-      TypeError: for a leaf under a rule that is not a float array.
+      TypeError: for a leaf under a rule that is not a float array, a `key` that is none, and statistics that are not
+        `LayerStats` by path.
 
     Example:
       >>> import jaxvq
@@ -53,6 +55,7 @@ def quantize_params(
       >>> quantized["Dense_0"]["kernel"].bits_per_weight
       4.25
     """
+    check_key(key)
     plan = resolve(params, spec)
     stats = {} if stats is None else stats
     _check_stats(stats, plan)
@@ -86,6 +89,7 @@ def quantize_leaf(
     check_finite(weight, f"{entry.path}: the weight")
     if weights is not None:
         check_finite(weights, f"{entry.path}: the importance")
+        _check_not_negative(weights, entry.path)
     own_key = path_key(key, entry.path)
     if entry.stacked == 0:
         return method.fit(weight, layout, key=own_key, weights=weights)
@@ -115,7 +119,7 @@ def check_finite(values: Shaped[Array, "..."], name: str) -> None:
     """Raises ValueError for NaN or Inf, with their count. Traced values have none to look at and pass."""
     if isinstance(values, jax.core.Tracer):
         return
-    wrong = values.size - int(jnp.sum(jnp.isfinite(values), dtype=jnp.int32))
+    wrong = int(_not_finite(jnp.asarray(values)))
     if wrong:
         raise ValueError(
             f"{name} must be finite, got {wrong} NaN or Inf among {values.size} values; "
@@ -123,13 +127,68 @@ def check_finite(values: Shaped[Array, "..."], name: str) -> None:
         )
 
 
-def _check_stats(stats: Mapping[str, LayerStats], plan: Plan) -> None:
-    shapes = {entry.path: entry.shape for entry in plan.entries}
+def check_key(key: Any) -> None:
+    """Raises TypeError unless `key` is a random key, ValueError if it is several. Traced keys and old ones pass."""
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    is_new = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_old = is_array and key.dtype == np.uint32 and key.ndim > 0
+    if not (is_new or is_old):
+        raise TypeError(f"`key` must be a random key, got {key!r}; use jax.random.key(0)")
+    if batch := key.shape if is_new else key.shape[:-1]:
+        raise ValueError(f"`key` must be one random key, got a batch of shape {batch}; use jax.random.key(0)")
+
+
+def _check_not_negative(importance: Shaped[Array, "..."], path: str) -> None:
+    if isinstance(importance, jax.core.Tracer):
+        return
+    smallest = float(jnp.min(importance))
+    if smallest < 0:
+        raise ValueError(
+            f"{path}: the importance must not be negative, got {smallest:g}; add squares, such as gradient**2"
+        )
+
+
+@jax.jit
+def _not_finite(values: Shaped[Array, "..."]) -> Integer[Array, ""]:
+    """How many values are NaN or Inf, counted piece by piece: a flag for every value would take memory like them."""
+    flat = as_storage(values).reshape(-1)
+    piece = min(flat.size, 2**20)
+
+    def add(step: Array, count: Array) -> Array:
+        start = jnp.minimum(step * piece, flat.size - piece)
+        part = from_storage(jax.lax.dynamic_slice_in_dim(flat, start, piece), values.dtype)
+        new = start + jnp.arange(piece) >= step * piece
+        return count + jnp.sum(new & ~jnp.isfinite(part), dtype=jnp.int32)
+
+    return jax.lax.fori_loop(0, -(-flat.size // piece), add, jnp.int32(0))
+
+
+def _check_stats(stats: Any, plan: Plan) -> None:
+    if not isinstance(stats, Mapping):
+        raise TypeError(f"`stats` must map paths to LayerStats, got {type(stats).__name__}; use a dictionary")
+    entries = {entry.path: entry for entry in plan.entries}
     for path, layer in stats.items():
-        if path not in shapes:
-            raise ValueError(f"{path}: `stats` must name leaves of `params`, got this path; it has {', '.join(shapes)}")
-        if tuple(np.shape(layer.total)) != shapes[path]:
+        if path not in entries:
             raise ValueError(
-                f"{path}: `stats` must have the weight's shape {shapes[path]}, got {np.shape(layer.total)}; "
+                f"{path}: `stats` must name leaves of `params`, got this path; it has {', '.join(entries)}"
+            )
+        entry = entries[path]
+        if not isinstance(layer, LayerStats):
+            raise TypeError(
+                f"{path}: `stats` must hold LayerStats, got {type(layer).__name__}; "
+                "use LayerStats.zeros(weight.shape).add(importance)"
+            )
+        if entry.method is None:
+            kept = "stays float" if entry.template is None else "is quantized already"
+            raise ValueError(
+                f"{path}: `stats` must name leaves that the spec quantizes, got one that {kept}; leave this path out"
+            )
+        if tuple(np.shape(layer.total)) != entry.shape:
+            raise ValueError(
+                f"{path}: `stats` must have the weight's shape {entry.shape}, got {np.shape(layer.total)}; "
                 "start from LayerStats.zeros(weight.shape)"
+            )
+        if not isinstance(layer.count, jax.core.Tracer) and float(layer.count) == 0:
+            raise ValueError(
+                f"{path}: `stats` must have seen something, got LayerStats to which nothing was added; call .add"
             )

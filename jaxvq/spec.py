@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,8 +51,11 @@ class Rule:
         if self.method is not None and not isinstance(self.method, AbstractMethod):
             raise TypeError(f"`method` must be a method such as KMeans(bits=4) or None, got {self.method!r}")
         for name in ("min_size", "stacked"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            number = _whole(getattr(self, name))
+            if number is None or number < 0:
                 raise ValueError(f"`{name}` must be a whole number of at least 0, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, number)
+        object.__setattr__(self, "out_axis", _checked_axis(self.out_axis))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Spec:
     Attributes:
       rules: tried in order.
       default: the method for every other float leaf of rank 2 or more; None keeps them float.
+      out_axis: the axis of output features of every weight whose rule names none; None for the convention of the name.
 
     Example:
       >>> from jaxvq.methods import KMeans, Product
@@ -71,6 +76,18 @@ class Spec:
 
     rules: tuple[Rule, ...] = ()
     default: AbstractMethod | None = None
+    out_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _are_rules(self.rules):
+            raise TypeError(
+                f"`rules` must be a sequence of Rules, got {self.rules!r}; "
+                "a method for every weight is Spec(default=KMeans(bits=4))"
+            )
+        if self.default is not None and not isinstance(self.default, AbstractMethod):
+            raise TypeError(f"`default` must be a method such as KMeans(bits=4) or None, got {self.default!r}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "out_axis", _checked_axis(self.out_axis))
 
     def to_json(self) -> str:
         """The spec as JSON text."""
@@ -81,7 +98,8 @@ class Spec:
             }
             for rule in self.rules
         ]
-        return json.dumps({"rules": rules, "default": _method_to_json(self.default)}, indent=2)
+        data = {"rules": rules, "default": _method_to_json(self.default), "out_axis": self.out_axis}
+        return json.dumps(data, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "Spec":
@@ -96,9 +114,13 @@ class Spec:
             raise ValueError(f"`spec` must be JSON, got text that does not parse: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("rules", []), list):
             raise ValueError('`spec` must be {"rules": [...], "default": {...} or null}, got something else')
-        if set(data) - {"rules", "default"}:
-            raise ValueError(f"`spec` has only the fields rules and default, got {', '.join(sorted(data))}")
-        return cls(tuple(_rule_from_json(rule) for rule in data.get("rules", [])), _method(data.get("default")))
+        if unknown := sorted(set(data) - {"rules", "default", "out_axis"}):
+            raise ValueError(f"`spec` has only the fields rules, default and out_axis, got {', '.join(unknown)}")
+        try:
+            rules = tuple(_rule_from_json(rule) for rule in data.get("rules", []))
+            return cls(rules, _method(data.get("default")), data.get("out_axis"))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +130,7 @@ class PlanEntry:
     Attributes:
       path: where it is, such as `"Dense_0/kernel"`.
       shape: its shape.
-      dtype: its dtype, by name.
+      dtype: its dtype, by name; empty for a leaf that is not an array.
       method: how it will be quantized, or None.
       layout: how one layer of it will be cut, or None.
       stacked: how many leading axes stack layers.
@@ -127,8 +149,12 @@ class PlanEntry:
 
     @property
     def original_nbytes(self) -> int:
-        """Bytes of the leaf as it is."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        """Bytes of the leaf as it is; 0 for one that holds no numbers, such as a random key."""
+        try:
+            itemsize = jnp.dtype(self.dtype).itemsize
+        except TypeError:
+            return 0
+        return math.prod(self.shape) * itemsize
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +224,7 @@ def as_spec(spec: Any) -> Spec:
     if isinstance(spec, AbstractMethod):
         return Spec(default=spec)
     rules = (spec,) if isinstance(spec, Rule) else spec
-    if isinstance(rules, Sequence) and not isinstance(rules, str) and all(isinstance(rule, Rule) for rule in rules):
+    if _are_rules(rules):
         return Spec(tuple(rules))
     raise TypeError(f"`spec` must be a Spec, a sequence of Rules or a method such as KMeans(bits=4), got {spec!r}")
 
@@ -207,9 +233,11 @@ def _entry(path: str, leaf: Any, spec: Spec) -> PlanEntry:
     if is_quantized(leaf):
         return PlanEntry(path, leaf.shape, leaf.layout.dtype, reason="already quantized", template=leaf)
     rule = next((rule for rule in spec.rules if re.fullmatch(rule.pattern, path)), None)
-    if rule is not None and rule.method is not None and not hasattr(leaf, "shape"):
-        raise TypeError(f"{path}: a rule quantizes arrays, got {leaf!r}; exclude this leaf from the pattern")
-    shape, dtype = tuple(jnp.shape(leaf)), jnp.result_type(leaf)
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if rule is not None and rule.method is not None:
+            raise TypeError(f"{path}: a rule quantizes arrays, got {leaf!r}; exclude this leaf from the pattern")
+        return PlanEntry(path, (), "", reason="not an array" if rule is None else f"kept by rule {rule.pattern!r}")
+    shape, dtype = tuple(leaf.shape), leaf.dtype
     kept = PlanEntry(path, shape, dtype.name)
     if rule is None:
         if spec.default is None:
@@ -223,13 +251,14 @@ def _entry(path: str, leaf: Any, spec: Spec) -> PlanEntry:
         return dataclasses.replace(kept, reason=f"kept by rule {rule.pattern!r}")
     if math.prod(shape) < rule.min_size:
         return dataclasses.replace(kept, reason=f"fewer than {rule.min_size} values")
-    return _quantized_entry(kept, rule, rule.method)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{path}: a rule quantizes float arrays, got {dtype.name}; exclude this leaf from the pattern")
+    out_axis = spec.out_axis if rule.out_axis is None else rule.out_axis
+    return _quantized_entry(kept, dataclasses.replace(rule, out_axis=out_axis), rule.method)
 
 
 def _quantized_entry(entry: PlanEntry, rule: Rule, method: AbstractMethod) -> PlanEntry:
-    path, shape, dtype = entry.path, entry.shape, jnp.dtype(entry.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{path}: a rule quantizes float arrays, got {dtype.name}; exclude this leaf from the pattern")
+    path, shape, dtype = entry.path, entry.shape, jax.dtypes.canonicalize_dtype(jnp.dtype(entry.dtype))
     one = shape[rule.stacked :]
     if not one or math.prod(shape) == 0:
         raise ValueError(
@@ -237,6 +266,11 @@ def _quantized_entry(entry: PlanEntry, rule: Rule, method: AbstractMethod) -> Pl
             f"got shape {shape}; exclude this leaf from the pattern"
         )
     out_axis, channels_last = _convention(path)
+    if rule.stacked and rule.out_axis is not None and len(one) > 1 and not -len(one) <= rule.out_axis < len(one):
+        raise ValueError(
+            f"{path}: `out_axis` counts the axes of one slice, here of shape {one} without the {rule.stacked} stacked, "
+            f"got {rule.out_axis}; use a number from {-len(one)} to {len(one) - 1}"
+        )
     try:
         layout = method.layout(
             one,
@@ -249,10 +283,30 @@ def _quantized_entry(entry: PlanEntry, rule: Rule, method: AbstractMethod) -> Pl
         raise ValueError(f"{path}: {error}") from None
     stack = shape[: rule.stacked]
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(stack + leaf.shape, leaf.dtype), template)
-    remark = "larger than before" if template.nbytes >= entry.original_nbytes else ""
+    remarks = [] if dtype.name == entry.dtype else [f"{entry.dtype} becomes {dtype.name}"]
+    if template.nbytes >= entry.original_nbytes:
+        remarks.append("larger than before")
     return dataclasses.replace(
-        entry, method=method, layout=layout, stacked=rule.stacked, template=template, reason=remark
+        entry, method=method, layout=layout, stacked=rule.stacked, template=template, reason="; ".join(remarks)
     )
+
+
+def _are_rules(rules: Any) -> bool:
+    return isinstance(rules, Sequence) and not isinstance(rules, str) and all(isinstance(rule, Rule) for rule in rules)
+
+
+def _whole(value: Any) -> int | None:
+    """`value` as an int, or None if it is no integer."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _checked_axis(axis: Any) -> int | None:
+    if axis is not None and _whole(axis) is None:
+        raise TypeError(f"`out_axis` must be a whole number or None, got {axis!r}; use for example -1")
+    return _whole(axis)
 
 
 def _convention(path: str) -> tuple[int, bool]:

@@ -1,7 +1,10 @@
 """What calibration learns about a weight: how much each of its values matters."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from jaxvq._numerics import safe_divide
 from jaxvq._pytree import pytree_dataclass
@@ -32,9 +35,22 @@ class LayerStats:
         """Nothing seen yet of a weight of `shape`."""
         return cls(total=jnp.zeros(shape, jnp.float32), count=jnp.zeros((), jnp.float32))
 
-    def add(self, importance: Float[Array, "..."]) -> "LayerStats":
-        """Adds one observation, in a shape that broadcasts to the weight's: `gradient**2`, or `mean(x**2)[:, None]`."""
-        return LayerStats(total=self.total + importance.astype(jnp.float32), count=self.count + 1)
+    def add(self, importance: Shaped[ArrayLike, "..."] | Sequence[Any]) -> "LayerStats":
+        """Adds one observation, in a shape that broadcasts to the weight's: `gradient**2`, or `mean(x**2)[:, None]`.
+
+        Raises:
+          ValueError: for a shape that does not broadcast to the weight's.
+        """
+        seen, shape = jnp.asarray(importance, jnp.float32), self.total.shape
+        fits = seen.ndim <= len(shape) and all(
+            have in (1, want) for have, want in zip(seen.shape[::-1], shape[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"`importance` must broadcast to the weight's shape {shape}, got {seen.shape}; "
+                "pass one value per weight, or axes of length 1 where all have the same"
+            )
+        return LayerStats(total=self.total + seen, count=self.count + 1)
 
     @property
     def importance(self) -> Float[Array, "..."]:

@@ -75,7 +75,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxvq._container import CHECKSUMS, FileFormatError, Reader, Tensor, tensor_of
@@ -110,8 +109,11 @@ def save(
       ValueError: for two leaves of the same path.
 
     Example:
-      >>> save("model.jaxvq.safetensors", params)
-      >>> params = load("model.jaxvq.safetensors")
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model.safetensors", {"bias": np.ones(2, np.float32)})
+      ...     load(f"{folder}/model.safetensors")
+      {'bias': Array([1., 1.], dtype=float32)}
     """
     with CheckpointWriter(path, params, metadata=metadata, force=force) as writer:
         for leaf in flatten(params):
@@ -302,7 +304,7 @@ def check_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def to_jax(array: np.ndarray) -> jax.Array | np.ndarray:
     """The same values as a JAX array, or `array` itself where JAX would drop 64-bit precision."""
-    converted = jnp.asarray(array)
+    converted = jax.device_put(array)  # `jax.numpy.asarray` would make a copy
     return converted if converted.dtype == array.dtype else array
 
 

@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import os
 import subprocess
@@ -346,6 +348,7 @@ def test_bad_specs(capsys, checkpoint, tmp_path):
         (["--bits", 0], "bits"),
         (["--bits", 99], "bits"),
         (["--per", "row"], "per"),
+        (["--per", "-1"], "got -1"),
         (["--dim", 4], "dim"),
         (["--method", "product", "--k", 999], "weight"),
         (["--out-axis", 7], "axis"),
@@ -378,6 +381,64 @@ def test_damaged_and_foreign_files(capsys, checkpoint, tmp_path):
     for command in (["inspect"], ["plan"], ["dequantize", "-o", tmp_path / "d"]):
         assert "cut short" in failed(capsys, *command, tmp_path / "q")
     assert files(tmp_path) == ["model.safetensors", "q"]
+
+
+def test_csv(capsys, checkpoint, tmp_path):
+    output = ["-o", tmp_path / "q"]
+    tables = [run(capsys, "plan", checkpoint[0], "--csv", *FAST)[1]]
+    tables.append(run(capsys, "quantize", checkpoint[0], *output, "--csv", *FAST)[1])
+    tables.append(run(capsys, "inspect", tmp_path / "q", "--csv")[1])
+    for text in tables:
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert [row["path"] for row in rows[-2:]] == ["#crc32", "total"]
+        with storage.CheckpointReader(tmp_path / "q") as reader:
+            assert int(rows[-1]["nbytes"]) == reader.file_nbytes - reader.header_nbytes
+    plain = list(csv.DictReader(io.StringIO(run(capsys, "inspect", checkpoint[0], "--csv")[1])))
+    assert {"path": "fc.weight", "dtype": "F32", "shape": "6x36", "nbytes": "864"} in plain
+
+
+def test_dequantize_prints_json(capsys, checkpoint, tmp_path):
+    run(capsys, "quantize", checkpoint[0], "-o", tmp_path / "q", *FAST)
+    out = run(capsys, "dequantize", tmp_path / "q", "-o", tmp_path / "d", "--json")[1]
+    assert json.loads(out) == {"file": str(tmp_path / "d"), "nbytes": (tmp_path / "d").stat().st_size}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seed_out_of_range(capsys, checkpoint, seed):
+    assert f"`--seed` must be from 0 to 2**63 - 1, got {seed}" in failed(
+        capsys, "plan", checkpoint[0], f"--seed={seed}"
+    )
+
+
+def test_largest_seed(capsys, checkpoint, tmp_path):
+    assert run(capsys, "quantize", checkpoint[0], "-o", tmp_path / "q", "--seed", 2**63 - 1, *FAST)[0] == 0
+
+
+def test_an_output_that_is_a_folder(capsys, checkpoint, tmp_path):
+    for output in (".", tmp_path):
+        assert f"{output}: is a folder; name a file" in failed(
+            capsys, "quantize", checkpoint[0], "-o", output, "--force", *FAST
+        )
+
+
+def test_a_spec_that_is_no_text(capsys, checkpoint, tmp_path):
+    (tmp_path / "odd.bin").write_bytes(b"\xff\xfe\x80")
+    assert "odd.bin: must be the JSON text of a spec" in failed(
+        capsys, "plan", checkpoint[0], "--spec", tmp_path / "odd.bin"
+    )
+
+
+def test_the_lines_of_the_readme(capsys, checkpoint, tmp_path):
+    options = ("--bits", 4, "--per", "channel")
+    arrays = {**checkpoint[1], "norm.weight": np.ones((2, 32), np.float32)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    assert run(capsys, "plan", tmp_path / "model.safetensors", *options)[0] == 0
+    out = run(
+        capsys, "quantize", tmp_path / "model.safetensors", "-o", tmp_path / "small", *options, "--keep", ".*norm.*"
+    )[1]
+    line = next(line for line in out.splitlines() if line.startswith("norm.weight"))
+    assert "float" in line
+    assert "kept by rule '.*norm.*'" in line
 
 
 def test_usage_errors(capsys):

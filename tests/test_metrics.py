@@ -153,3 +153,30 @@ def test_trees_that_differ():
         metrics.report({"a": jnp.ones(1)}, {"a": jnp.ones(1), "b": jnp.ones(1)})
     with pytest.raises(ValueError, match=r"a: .* must have the same shapes, got \(2,\) and \(1,\)"):
         metrics.report({"a": jnp.ones(2)}, {"a": jnp.ones(1)})
+
+
+def test_notes_from_the_leaf_itself():
+    tree = {"b": jnp.ones(3), "n": np.ones((2, 2), np.int32), "w": jnp.ones((2, 2))}
+    notes = [leaf.note for leaf in metrics.report(tree, tree).leaves]
+    assert notes == ["rank 1, not a weight matrix", "int32 is not a float dtype", "kept float"]
+
+
+def test_arguments_of_the_wrong_kind():
+    array = palette(np.zeros((2, 1, 1), int), jnp.ones((1, 1, 1, 2, 1)), bits=1)
+    plain = {"w": array.dequantize()}
+    for second in (plain, {"w": array}):
+        with pytest.raises(TypeError, match="w: `original_params` must hold plain arrays, got a QuantizedArray"):
+            metrics.report({"w": array}, second)
+    with pytest.raises(TypeError, match=r"`plan` must be a Plan, got KMeans\(.*; pass jaxvq.resolve"):
+        metrics.report(plain, {"w": array}, plan=jaxvq.KMeans(bits=1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a: a leaf must hold numbers, got dtype key"):
+        metrics.report(None, {"a": jax.random.key(0)})
+    with pytest.raises(TypeError, match="a: a leaf must be an array, got builtin_function_or_method"):
+        metrics.report(None, {"a": len})
+
+
+def test_an_empty_tree():
+    report = metrics.report({}, {})
+    assert (report.ratio, report.nbytes) == (1, 4)
+    assert "0.00x" not in str(report)
+    assert metrics.report(None, [jnp.ones((0, 3))]).leaves[0].ratio == 1

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from storage_cases import dequantize, palette, same, same_tree, small_tree
 
-from jaxvq import storage
+from jaxvq import _container, storage
 from jaxvq._container import Reader, checksums_nbytes
 from jaxvq._leaves import flatten
 from jaxvq._pytree import pytree_dataclass
@@ -201,7 +201,7 @@ def test_like_must_match(tmp_path):
         ({"__metadata__": jnp.ones(1)}, ValueError, "__metadata__: .* reserved"),
         ({"a": 1.5}, TypeError, "a: a leaf must be an array, got float"),
         ({"a": jnp.ones(2, jnp.int4)}, TypeError, "a: safetensors has no dtype int4"),
-        ({"a": jax.random.key(0)}, TypeError, "a: safetensors has no dtype key"),
+        ({"a": jax.random.key(0)}, TypeError, "a: a leaf must hold numbers, got dtype key"),
         ({("a", "b"): jnp.ones(1)}, TypeError, "dictionary keys must be texts or whole numbers"),
         ({True: jnp.ones(1)}, TypeError, "dictionary keys must be texts or whole numbers"),
     ],
@@ -349,3 +349,16 @@ def test_stacked_layers_slice_after_loading(tmp_path):
 def test_golden_copy_is_independent_of_its_name(tmp_path):
     shutil.copy(GOLDEN, tmp_path / "other")
     assert same_tree(storage.load(tmp_path / "other"), storage.load(GOLDEN))
+
+
+def test_random_keys_and_functions_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"rngs/key: a leaf must hold numbers, .* nnx\.state\(model, nnx\.Param\)"):
+        storage.save(tmp_path / "x", {"rngs": {"key": jax.random.key(0)}})
+    with pytest.raises(TypeError, match=r"act: a leaf must be an array, got .*equinox\.is_array"):
+        storage.save(tmp_path / "x", {"act": len})
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_are_taken_as_they_were_read():
+    data = _container._aligned(4096)
+    assert storage.to_jax(data.view(np.float32)).unsafe_buffer_pointer() == data.ctypes.data

@@ -1,23 +1,31 @@
 """The nearest vector of a codebook."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int32, Shaped
 
-from jaxvq._numerics import matmul
+from jaxvq._numerics import matmul, safe_sqrt
+
+Numbers = Shaped[ArrayLike, "..."] | Sequence[Any]
 
 
 def nearest(
-    points: Shaped[ArrayLike, "..."],
-    codebook: Shaped[ArrayLike, "..."],
+    points: Numbers,
+    codebook: Numbers,
     *,
-    weights: Shaped[ArrayLike, "..."] | None = None,
+    weights: Numbers | None = None,
 ) -> Int32[Array, " n"]:
     """The index of the codebook vector nearest to each point.
 
     The distance is Euclidean; between equally near vectors the lowest index wins. Everything is computed in
-    float32, whatever the dtype of the arguments, a chunk of points at a time.
+    float32, whatever the dtype of the arguments, a chunk of points at a time. Single values (d = 1, no weights) are
+    subtracted. Longer vectors' squared distances are expanded, `|c|**2 - 2 x.c`, so vectors closer to each other than
+    about a thousandth of the codebook's spread may be confused.
 
     Args:
       points: `[n, d]`.
@@ -45,7 +53,7 @@ def nearest(
 
 
 def vq(
-    observations: Shaped[ArrayLike, "..."], codebook: Shaped[ArrayLike, "..."]
+    observations: Numbers, codebook: Numbers
 ) -> tuple[Int32[Array, " n"], Float[Array, " n"]]:
     """Assigns a code to each observation: the classic call.
 
@@ -72,7 +80,7 @@ def vq(
     check_points(x, table, "codebook", "observations")
     codes = nearest(x, table)
     difference = x.astype(jnp.float32) - table.astype(jnp.float32)[codes]
-    return codes, jnp.sqrt(jnp.sum(difference**2, axis=1))
+    return codes, safe_sqrt(jnp.sum(difference**2, axis=1))
 
 
 @jax.jit
@@ -82,7 +90,10 @@ def _nearest(points: Array, codebook: Array, weights: Array | None) -> Int32[Arr
     centre = codebook.mean(axis=0)
 
     def nearest_of_chunk(chunk: tuple[Array, Array | None]) -> Int32[Array, " chunk"]:
-        return assign(chunk[0].astype(jnp.float32) - centre, codebook - centre, chunk[1])
+        x = chunk[0].astype(jnp.float32)
+        if chunk[1] is None and codebook.shape[1] == 1:
+            return first_smallest(jnp.abs(codebook - x.T))
+        return assign(x - centre, codebook - centre, chunk[1])
 
     length = chunk_length(n, codebook.shape[0])
     chunks = in_chunks(points, length), None if weights is None else in_chunks(weights, length)
@@ -143,18 +154,22 @@ def in_chunks(rows: Shaped[Array, "n e"], length: int) -> Shaped[Array, "chunks 
     return padded.reshape(chunks, length, rows.shape[1])
 
 
-def real_array(name: str, value: Shaped[ArrayLike, "..."]) -> Shaped[Array, "..."]:
+def real_array(name: str, value: Any) -> Shaped[Array, "..."]:
     """`value` as an array; raises TypeError unless it holds real numbers."""
-    dtype = jnp.result_type(value)
+    try:
+        value = value if hasattr(value, "__jax_array__") or isinstance(value, jax.Array) else np.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must hold real numbers, got {type(value).__name__}; pass one array") from None
+    dtype = value.dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"`{name}` must hold real numbers, got dtype {dtype}; convert it to float32")
     return jnp.asarray(value)
 
 
 def check_points(points: Array, codebook: Array, codebook_name: str, points_name: str = "points") -> None:
-    """Raises ValueError unless the arguments are `[n, d]` and `[k, d]` with k at least 1."""
-    if points.ndim != 2 or codebook.ndim != 2 or points.shape[1] != codebook.shape[1] or not codebook.shape[0]:
+    """Raises ValueError unless the arguments are `[n, d]` and `[k, d]` with d and k at least 1."""
+    if points.ndim != 2 or codebook.ndim != 2 or points.shape[1] != codebook.shape[1] or not codebook.size:
         raise ValueError(
-            f"`{points_name}` must be [n, d] and `{codebook_name}` [k, d] with the same d and k of at least 1, "
+            f"`{points_name}` must be [n, d] and `{codebook_name}` [k, d] with the same d of at least 1 and k of at least 1, "
             f"got {points.shape} and {codebook.shape}; reshape them"
         )
