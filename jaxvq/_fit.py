@@ -6,6 +6,7 @@ after them depend on the layout and are small.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 from jaxvq._numerics import as_storage, from_storage, safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
 from jaxvq.bits import pack, zero_codes
-from jaxvq.cluster.buckets import map_problems, pad_problems
+from jaxvq.cluster.buckets import bucket, map_problems, pad_problems
 from jaxvq.cluster.product import fit_product
 from jaxvq.cluster.residual import encode_residual, fit_residual
 from jaxvq.cluster.scalar import grid_size, kmeans1d, nearest1d, thin
@@ -95,7 +96,9 @@ def residual(
 ) -> Float[Array, "1 1 m k d"]:
     """A codebook for each stage, one set for the whole weight."""
     points, mass, count = _vector_problems(weight, weights, layout=layout, subspaces=False)
-    codebooks = fit_residual(key, points[0], k, stages, weights=mass[0], iterations=iterations, count=count)
+    codebooks = fit_residual(
+        key, points[0], k, stages, weights=None if mass is None else mass[0], iterations=iterations, count=count
+    )
     return codebooks[None, None]
 
 
@@ -330,17 +333,17 @@ def _palette_problems(
 @functools.partial(jax.jit, static_argnames=("layout", "subspaces"))
 def _vector_problems(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, subspaces: bool
-) -> tuple[Shaped[Array, "p n d"], Float[Array, "p n *w"], Integer[Array, ""]]:
+) -> tuple[Shaped[Array, "p n d"], Float[Array, "p n d"] | None, Integer[Array, ""]]:
+    """The vectors to cluster, their importance, and how many of them are no padding."""
     blocks = (layout.grid[0] if subspaces else 1, 1)
-    points = _to_blocks(from_storage(layout.to_vectors(as_storage(weight)), weight.dtype), blocks)
-    mass = (
-        jnp.ones(points.shape[:2], jnp.float32) if weights is None else _to_blocks(layout.to_vectors(weights), blocks)
-    )
-    count = jnp.int32(points.shape[1])
-    padded, mass = pad_problems(as_storage(points), mass)
-    padded = from_storage(padded, points.dtype)
-    # Padding the number of problems would cluster for nothing.
-    return padded[: blocks[0]], mass[: blocks[0]], count
+
+    def problems(values: Shaped[Array, "..."]) -> Shaped[Array, "p n d"]:
+        vectors = _to_blocks(layout.to_vectors(as_storage(values)), blocks)
+        padded = jnp.pad(vectors, ((0, 0), (0, bucket(vectors.shape[1]) - vectors.shape[1]), (0, 0)))
+        return from_storage(padded, values.dtype)
+
+    count = jnp.int32(math.prod(layout.grid) // blocks[0])
+    return problems(weight), None if weights is None else problems(weights), count
 
 
 @functools.partial(jax.jit, static_argnames="k")

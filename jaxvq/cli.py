@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(args: argparse.Namespace) -> None:
     """Prints what `quantize` would do."""
     with CheckpointReader(args.input) as source:
-        report = plan_report(plan_file(source, _spec(args, source)))
+        report = plan_report(plan_file(source, _spec(args)))
     _print_report(report, args, f"plan for {args.input}", {})
 
 
@@ -69,9 +69,7 @@ def quantize(args: argparse.Namespace) -> None:
     """Quantizes a checkpoint and prints the report."""
     _refuse_same(args)
     with CheckpointReader(args.input) as source:
-        report = quantize_file(
-            source, args.output, _spec(args, source), seed=args.seed, force=args.force, progress=_progress
-        )
+        report = quantize_file(source, args.output, _spec(args), seed=args.seed, force=args.force, progress=_progress)
     _print_report(report, args, args.output, {"file": args.output})
 
 
@@ -143,7 +141,9 @@ def _add_spec(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--codebooks", help="shared or subspace (Product)")
     group.add_argument("--codebook-dtype", help="float32, bfloat16 or int8")
     group.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="names that stay float (regex)")
-    group.add_argument("--out-axis", type=int, metavar="N", help="axis of output features in all quantized tensors")
+    group.add_argument(
+        "--out-axis", type=int, metavar="N", help="axis of output features of every tensor whose rule names none"
+    )
     group.add_argument("--seed", type=int, default=0, help="the random seed, from 0 to 2**63 - 1 (default 0)")
 
 
@@ -151,7 +151,7 @@ def _per(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
-def _spec(args: argparse.Namespace, source: CheckpointReader) -> Spec:
+def _spec(args: argparse.Namespace) -> Spec:
     """The spec that the options or the file ask for."""
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"`--seed` must be from 0 to 2**63 - 1, got {args.seed}; choose another")
@@ -165,15 +165,8 @@ def _spec(args: argparse.Namespace, source: CheckpointReader) -> Spec:
     else:
         spec = _read_spec(args.spec)
     keep = tuple(Rule(pattern, None) for pattern in args.keep)
-    spec = dataclasses.replace(spec, rules=keep + spec.rules)
-    if args.out_axis is None:
-        return spec
-    turned = tuple(
-        Rule(re.escape(entry.path), entry.method, out_axis=args.out_axis, stacked=entry.stacked)
-        for entry in plan_file(source, spec).entries
-        if entry.method is not None
-    )
-    return dataclasses.replace(spec, rules=turned + spec.rules)
+    out_axis = spec.out_axis if args.out_axis is None else args.out_axis
+    return dataclasses.replace(spec, rules=keep + spec.rules, out_axis=out_axis)
 
 
 def _read_spec(path: str) -> Spec:

@@ -471,9 +471,10 @@ def _store_integers(method: AbstractMethod, *names: str) -> None:
 
 
 def _checked_fraction(fraction: Any) -> float:
-    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction <= 1:
+    number = float(fraction) if isinstance(fraction, numbers.Real) and not isinstance(fraction, bool) else math.nan
+    if not 0 < number <= 1:
         raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction!r}; use for example 0.1")
-    return float(fraction)
+    return number
 
 
 def _check_rate(bits: int | None, k: int | None) -> None:

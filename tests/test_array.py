@@ -1,5 +1,6 @@
 """Every decoder against a loop in numpy, and everything JAX may do with a quantized array."""
 
+import copy
 import dataclasses
 
 import jax
@@ -147,3 +148,23 @@ def test_decoder_of_another_layout(decoder, message):
 def test_affine_takes_single_values_only():
     with pytest.raises(ValueError, match="`Affine` decodes single values, got dim=4 and 1 stages"):
         dataclasses.replace(DECODERS["product, shared"], decoder=Affine(normal(1, 1, 1))).validate()
+
+
+def test_numpy_is_refused():
+    array = DECODERS["palette per tensor"]
+    with pytest.raises(TypeError, match=r"got a QuantizedArray, which holds codes; call .dequantize\(\)"):
+        np.asarray(array)
+    with pytest.raises(TypeError, match=r"call .dequantize\(\)"):
+        jnp.asarray(array)
+    same = copy.deepcopy(array)
+    assert jax.tree.structure(same) == jax.tree.structure(array)
+    np.testing.assert_array_equal(same.dequantize(), array.dequantize())
+
+
+def test_partition_freezes_what_is_no_array():
+    tree = {"act": jnp.tanh, "key": jax.random.key(0), "name": "relu", "rate": 0.5, "w": jnp.ones(2)}
+    trainable, frozen = partition(tree)
+    assert sorted(name for name, leaf in trainable.items() if leaf is not None) == ["rate", "w"]
+    assert combine(trainable, frozen) is not None
+    assert frozen["name"] == "relu"
+    assert frozen["act"] is jnp.tanh

@@ -171,6 +171,14 @@ def test_keep_and_out_axis(capsys, checkpoint):
     assert tables["fc.weight"] == 36 * 4 * 4  # 36 columns, 4 centroids, 4 bytes
 
 
+def test_out_axis_before_the_convention(capsys, tmp_path):
+    save_file({"w.weight": np.ones((32, 4), np.float32)}, tmp_path / "x")  # 4 values a row: too few for 16 centroids
+    options = ("--bits", 4, "--per", "channel")
+    assert "w.weight" in failed(capsys, "plan", tmp_path / "x", *options)
+    leaf = json.loads(run(capsys, "plan", tmp_path / "x", *options, "--out-axis", 1, "--json")[1])["leaves"][0]
+    assert leaf["codebook_nbytes"] == 4 * 16 * 4
+
+
 def test_spec_file(capsys, checkpoint, tmp_path):
     spec = jaxvq.Spec((jaxvq.Rule("conv.weight", None),), jaxvq.KMeans(bits=3))
     (tmp_path / "spec.json").write_text(spec.to_json())

@@ -273,6 +273,7 @@ BAD = [
     (lambda: KMeans(codebook_dtype="int4"), "`codebook_dtype` must be one of float32, bfloat16, int8, got 'int4'"),
     (lambda: RowVQ(fraction=0.1, k=3), "`fraction` and `k` exclude each other"),
     (lambda: RowVQ(fraction=1.5), "`fraction` must be above 0 and at most 1, got 1.5"),
+    (lambda: method_from_json({"method": ["x"]}), "`method` must be .* one of Uniform.* got {'method': \\['x'\\]}"),
     (lambda: Product(dim=0), "`dim` must be a whole number of at least 1, got 0"),
     (lambda: Residual(stages=0), "`stages` must be a whole number of at least 1, got 0"),
     (lambda: method_from_json({"method": "Kmeans"}), "`method` must be .* one of Uniform, Symmetric, KMeans, RowVQ"),

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -20,6 +21,15 @@ class Network(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Conv(8, (3, 3))(x))
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture
@@ -182,3 +192,76 @@ def test_leaf_without_a_method():
 
     with pytest.raises(ValueError, match="b: `entry` must have a method, got one that stays float"):
         quantize_leaf(jnp.ones(3), entry, key=jax.random.key(0))
+
+
+def test_nnx_state_with_random_keys(key):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(12, 20, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    graph, state = nnx.split(Model(nnx.Rngs(0)))
+    quantized = jaxvq.quantize_params(state, Uniform(8), key=key)
+    trainable, frozen = jaxvq.partition(quantized)
+    assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(trainable))
+    merged = nnx.merge(graph, jaxvq.dequantize_params(jaxvq.combine(trainable, frozen)))
+    assert merged.drop.rngs.key[...] == state["drop"]["rngs"]["key"][...]
+
+
+def test_functions_and_texts_are_left_alone(key):
+    params = {"act": jnp.tanh, "name": "relu", "w": jnp.ones((8, 4))}
+    quantized = jaxvq.quantize_params(params, Uniform(8), key=key)
+    assert (quantized["act"], quantized["name"]) == (jnp.tanh, "relu")
+
+
+def test_double_precision_is_quantized_as_single(key):
+    quantized = jaxvq.quantize_params({"w": np.eye(8)}, Uniform(1), key=key)["w"]
+    assert quantized.dtype == "float32"
+    np.testing.assert_array_equal(quantized.dequantize(), np.eye(8))
+
+
+WEIGHT = {"w": np.ones((8, 4), np.float32), "b": np.ones(4, np.float32)}
+SEEN = LayerStats(jnp.ones((8, 4)), jnp.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("stats", "error", "message"),
+    [
+        ({"w": np.ones((8, 4))}, TypeError, "w: `stats` must hold LayerStats, got ndarray"),
+        ([SEEN], TypeError, "`stats` must map paths to LayerStats, got list"),
+        ({"b": SEEN}, ValueError, "b: `stats` must name leaves that the spec quantizes, got one that stays float"),
+        ({"w": LayerStats.zeros((8, 4))}, ValueError, "w: `stats` must have seen something, .* nothing was added"),
+        ({"w": SEEN.add(-3)}, ValueError, "w: the importance must not be negative, got -1; add squares"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_statistics(stats, error, message, key):
+    with pytest.raises(error, match=message):
+        jaxvq.quantize_params(WEIGHT, KMeans(bits=1), key=key, stats=stats)
+
+
+def test_statistics_take_numbers_and_lists():
+    stats = LayerStats.zeros((2, 3)).add(2).add([[1], [3]]).add(np.ones(3))
+    np.testing.assert_array_equal(stats.total, [[4, 4, 4], [6, 6, 6]])
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3), (1, 2, 3), (2,), (4, 3)])
+def test_statistics_do_not_grow(shape):
+    with pytest.raises(ValueError, match=r"`importance` must broadcast to the weight's shape \(2, 3\), got"):
+        LayerStats.zeros((2, 3)).add(np.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [(0, TypeError), (None, TypeError), (np.ones(2), TypeError), (jax.random.split(jax.random.key(0)), ValueError)],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_something_else_than_a_key(wrong, error):
+    with pytest.raises(error, match=r"`key` must be .*random key, got .*; use jax.random.key\(0\)"):
+        jaxvq.quantize_params(WEIGHT, Uniform(1), key=wrong)
+
+
+def test_old_and_traced_keys():
+    quantize = jax.jit(lambda key: jaxvq.quantize_params(WEIGHT, Uniform(1), key=key))
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        assert isinstance(quantize(key)["w"], QuantizedArray)

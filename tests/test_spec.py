@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
+import numpy as np
 import pytest
 
 import jaxvq
@@ -18,6 +20,15 @@ PARAMS = {
     "Embed_0": {"embedding": struct(1000, 64, dtype=jnp.bfloat16)},
     "step": struct(dtype=jnp.int32),
 }
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def entry(plan, path):
@@ -125,6 +136,7 @@ def test_json_round_trip():
     spec = Spec(
         (Rule("head.*", None), Rule(".*/kernel", Product(k=100, dim=9), out_axis=-1, min_size=10, stacked=1)),
         default=KMeans(bits=3, per=64),
+        out_axis=0,
     )
     assert Spec.from_json(spec.to_json()) == spec
     assert Spec.from_json('{"rules": []}') == Spec()
@@ -186,7 +198,7 @@ def test_not_a_spec(spec):
         (lambda: Rule("a", None, stacked=-1), ValueError, "`stacked` must be a whole number of at least 0, got -1"),
         (lambda: Spec.from_json("{"), ValueError, "`spec` must be JSON"),
         (lambda: Spec.from_json("[]"), ValueError, '`spec` must be {"rules"'),
-        (lambda: Spec.from_json('{"rule": []}'), ValueError, "`spec` has only the fields rules and default, got rule"),
+        (lambda: Spec.from_json('{"rule": []}'), ValueError, "rules, default and out_axis, got rule$"),
         (lambda: Spec.from_json('{"rules": [{"pattern": "a"}]}'), ValueError, "`rules` must hold objects with pattern"),
         (lambda: Spec.from_json('{"default": {"method": "x"}}'), ValueError, "`method` must be"),
     ],
@@ -194,3 +206,68 @@ def test_not_a_spec(spec):
 def test_bad_spec(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_leaves_that_are_no_arrays_are_kept(key):
+    tree = {"act": jnp.tanh, "key": key, "name": "relu", "w": struct(64, 32)}
+    plan = resolve(tree, KMeans(bits=4))
+    reasons = {entry.path: entry.reason for entry in plan.entries}
+    assert reasons["act"] == reasons["name"] == "not an array"
+    assert reasons["key"] == "key<fry> is not a float dtype"
+    assert plan.nbytes == entry(plan, "w").nbytes
+    assert plan.original_nbytes == 64 * 32 * 4
+    assert "key<fry>" in str(plan)
+    with pytest.raises(TypeError, match=r"key: a rule quantizes float arrays, got key<fry>; exclude this leaf"):
+        resolve(tree, Rule("key", KMeans()))
+
+
+def test_double_precision_is_counted_as_it_is():
+    plan = resolve({"w": np.zeros((64, 32)), "b": np.zeros(8)}, KMeans(bits=4))
+    w, b = entry(plan, "w"), entry(plan, "b")
+    assert (w.dtype, w.original_nbytes, w.layout.dtype) == ("float64", 64 * 32 * 8, "float32")
+    assert w.reason == "float64 becomes float32"
+    assert (b.dtype, b.nbytes) == ("float64", 64)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_out_axis_of_the_whole_spec():
+    tree = {"a": struct(6, 4), "b": struct(6, 4), "c": struct(4)}
+    spec = Spec([Rule("a", KMeans(bits=1), out_axis=1), Rule("c", Uniform())], default=KMeans(bits=1), out_axis=0)
+    assert [entry.layout.out_axis for entry in resolve(tree, spec).entries] == [1, 0, None]
+    assert isinstance(spec.rules, tuple)
+
+
+def test_out_axis_of_stacked_layers():
+    with pytest.raises(ValueError, match=r"w: `out_axis` counts the axes of one slice, here of shape \(6, 4\).*got 2"):
+        resolve({"w": struct(3, 6, 4)}, Rule("w", KMeans(), stacked=1, out_axis=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Spec(KMeans()), TypeError, "`rules` must be a sequence of Rules, got KMeans"),
+        (lambda: Spec(Rule("a", None)), TypeError, "`rules` must be a sequence of Rules, got Rule"),
+        (lambda: Spec((KMeans(),)), TypeError, r"`rules` must be a sequence of Rules, got \(KMeans"),
+        (lambda: Spec(default="KMeans"), TypeError, "`default` must be a method such as KMeans.* got 'KMeans'"),
+        (lambda: Spec(out_axis=1.5), TypeError, "`out_axis` must be a whole number or None, got 1.5"),
+        (lambda: Rule("a", None, out_axis="x"), TypeError, "`out_axis` must be a whole number or None, got 'x'"),
+        (lambda: Rule("a", None, out_axis=True), TypeError, "`out_axis` must be a whole number or None, got True"),
+        (lambda: Rule("a", None, stacked=True), ValueError, "`stacked` must be a whole number .* got True"),
+        (lambda: Rule("a", None, min_size=False), ValueError, "`min_size` must be a whole number .* got False"),
+        (lambda: jaxvq.RowVQ(fraction=True), ValueError, "`fraction` must be above 0 and at most 1, got True"),
+        (lambda: jaxvq.RowVQ(fraction="x"), ValueError, "`fraction` must be above 0 and at most 1, got 'x'"),
+        (lambda: Rule("a", "KMeans"), TypeError, "`method` must be a method such as KMeans.* got 'KMeans'"),
+        (lambda: Spec.from_json('{"out_axis": "x"}'), ValueError, "`out_axis` must be a whole number or None"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_kinds(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy():
+    rule = Rule("a", Product(k=np.int64(4), dim=np.int32(2)), out_axis=np.int64(0), min_size=np.int64(3))
+    assert Spec.from_json(Spec((rule,)).to_json()).rules == (rule,)
+    assert type(rule.out_axis) is type(rule.method.k) is int

@@ -36,8 +36,8 @@ def kmeans1d(values: Float[Array, " n"], k: int, *, weights: Float[Array, " n"] 
     """The codebook of `k` values with the least weighted squared error, in ascending order.
 
     With fewer than `k` distinct values some entries are repeated. The error is that of the exact algorithm to within
-    0.1%, and is exact up to 512 values. Beyond 1024 entries the search is local: it may end a sixth above the exact error on
-    a Gaussian, and further on heavy tails.
+    0.1%, and is exact up to 512 values. Beyond 1024 entries the search is local: it may end a sixth above the exact
+    error on a Gaussian, and further on heavy tails.
 
     Args:
       values: the numbers to cluster, `[n]`; clustered in float32.

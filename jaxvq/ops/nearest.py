@@ -52,9 +52,7 @@ def nearest(
     return _nearest(x, table, w)
 
 
-def vq(
-    observations: Numbers, codebook: Numbers
-) -> tuple[Int32[Array, " n"], Float[Array, " n"]]:
+def vq(observations: Numbers, codebook: Numbers) -> tuple[Int32[Array, " n"], Float[Array, " n"]]:
     """Assigns a code to each observation: the classic call.
 
     Args:
@@ -170,6 +168,6 @@ def check_points(points: Array, codebook: Array, codebook_name: str, points_name
     """Raises ValueError unless the arguments are `[n, d]` and `[k, d]` with d and k at least 1."""
     if points.ndim != 2 or codebook.ndim != 2 or points.shape[1] != codebook.shape[1] or not codebook.size:
         raise ValueError(
-            f"`{points_name}` must be [n, d] and `{codebook_name}` [k, d] with the same d of at least 1 and k of at least 1, "
-            f"got {points.shape} and {codebook.shape}; reshape them"
+            f"`{points_name}` must be [n, d] and `{codebook_name}` [k, d] with the same d of at least 1 and "
+            f"k of at least 1, got {points.shape} and {codebook.shape}; reshape them"
         )

@@ -1,10 +1,25 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from scipy.cluster.vq import vq as scipy_vq
 
+from jaxvq.array import Affine, QuantizedArray
+from jaxvq.bits import zero_codes
+from jaxvq.layout import Layout
 from jaxvq.ops.nearest import nearest, vq
+
+QUANTIZED = QuantizedArray(zero_codes(3, 2, 1, 4), Affine(jnp.ones((1, 1, 1))), Layout.of((3, 2), "float32"))
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def brute_force(points, codebook, weights=None):
@@ -96,3 +111,32 @@ def test_errors():
         nearest(points, codebook.astype(jnp.complex64))
     with pytest.raises(ValueError, match=r"`observations` must be"):
         vq(jnp.zeros(4), codebook)
+    with pytest.raises(ValueError, match=r"same d of at least 1"):
+        nearest(jnp.zeros((4, 0)), jnp.zeros((3, 0)))
+
+
+@pytest.mark.parametrize("wrong", ["text", None, ["a", "b"], [[1.0], [1.0, 2.0]], QUANTIZED])
+@pytest.mark.usefixtures("unchecked")
+def test_no_numbers(wrong):
+    with pytest.raises(TypeError, match="`points` must hold real numbers, got"):
+        nearest(wrong, jnp.zeros((3, 2)))
+    with pytest.raises(TypeError, match="`codebook` must hold real numbers, got"):
+        vq(jnp.zeros((3, 2)), wrong)
+
+
+def test_lists():
+    assert nearest([[0.1, 0], [0.9, 0]], [[0, 0], [1, 0]]).tolist() == [0, 1]
+    assert vq([0.1, 0.9], np.array([0.0, 1.0]))[0].tolist() == [0, 1]
+
+
+def test_single_values_beside_an_outlier():
+    rng = np.random.default_rng(4)
+    codebook = np.append(rng.normal(size=255), 1e4).astype("f")[:, None]
+    points = np.append(rng.normal(size=3000), [9e3, 2e4]).astype("f")[:, None]
+    np.testing.assert_array_equal(nearest(points, codebook), brute_force(points, codebook)[0])
+
+
+def test_gradient_of_the_distance_at_a_code():
+    codebook = jnp.array([[0.0, 0.0], [1.0, 1.0]])
+    gradient = jax.grad(lambda points: vq(points, codebook)[1].sum())(jnp.array([[1.0, 1.0], [0.0, 0.3]]))
+    np.testing.assert_allclose(gradient, [[0, 0], [0, 1]], atol=1e-6)
