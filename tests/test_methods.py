@@ -383,3 +383,11 @@ def test_works_with_64_bit_types(method, rng):
         array = fit(method, weight)
         assert array.dequantize().dtype == jnp.float32
         array.validate()
+
+
+@pytest.mark.slow
+def test_a_sample_of_vectors_is_as_good_as_all(rng):
+    weight = jnp.asarray(rng.normal(size=(3072, 2048)), jnp.float32)
+    sampled = error(weight, fit(Product(bits=4, dim=2), weight))
+    whole = error(weight[:1000], fit(Product(bits=4, dim=2), weight[:1000]))
+    assert sampled < 1.01 * whole

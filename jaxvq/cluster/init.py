@@ -14,7 +14,12 @@ ROW = 128
 
 
 def kmeans_plus_plus(
-    key: Array, points: Shaped[Array, "n d"], k: int, *, weights: Shaped[Array, " n"] | None = None
+    key: Array,
+    points: Shaped[Array, "n d"],
+    k: int,
+    *,
+    weights: Shaped[Array, " n"] | None = None,
+    count: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "k d"]:
     """Draws `k` of the points, each with a probability proportional to its squared distance to those drawn before.
 
@@ -26,6 +31,7 @@ def kmeans_plus_plus(
       points: `[n, d]`.
       k: how many to draw.
       weights: how much each point counts, `[n]`; a point of weight 0 is never drawn.
+      count: only this many leading points are real; it may be traced.
 
     Returns:
       Points `[k, d]` in float32.
@@ -38,11 +44,14 @@ def kmeans_plus_plus(
     Source: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", 2007.
     """
     sample_key, key = jax.random.split(key)
+    count = points.shape[0] if count is None else count
+    rows = jnp.arange(points.shape[0])
     if points.shape[0] > max(SAMPLE, 4 * k):
-        rows = sample(sample_key, points.shape[0] if weights is None else weights > 0, max(SAMPLE, 4 * k))
-        points = from_storage(as_storage(points)[rows], points.dtype)
-        weights = None if weights is None else weights[rows]
-    weights = jnp.ones(points.shape[0], jnp.float32) if weights is None else weights.astype(jnp.float32)
+        real = count if weights is None else (weights > 0) & (rows < count)
+        rows = sample(sample_key, real, max(SAMPLE, 4 * k))
+    points = from_storage(as_storage(points)[rows], points.dtype)
+    given = 1 if weights is None else weights[rows].astype(jnp.float32)
+    weights = jnp.where(rows < count, given, 0).astype(jnp.float32)
     x = points.astype(jnp.float32).T
     batch = -(-k // ROUNDS)
     rounds = -(-k // batch)
@@ -59,9 +68,9 @@ def kmeans_plus_plus(
     return chosen.reshape(rounds * batch, -1)[:k]
 
 
-def sample(key: Array, real: Bool[Array, " n"] | int, size: int) -> Int[Array, " size"]:
-    """Indices of `size` of the real points (`int`: all of so many): one at random from each of `size` stretches."""
-    upto = None if isinstance(real, int) else jnp.cumsum(real.astype(jnp.int32))
+def sample(key: Array, real: Bool[Array, " n"] | Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
+    """Indices of `size` of the real points (a number: the first so many), one from each of `size` stretches."""
+    upto = jnp.cumsum(real.astype(jnp.int32)) if isinstance(real, jax.Array) and real.ndim else None
     total = real if upto is None else upto[-1]
     places = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(key, (size,), jnp.float32)) / size
     nth = jnp.minimum((places * total).astype(jnp.int32), total - 1)

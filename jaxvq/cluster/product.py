@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -46,9 +45,7 @@ def fit_product(
     def fit(problem: tuple[Array, Array, Array | None]) -> Float[Array, "k d"]:
         key, x, w = problem
         mass = None if w is None else w.reshape(n, -1).mean(axis=1)
-        if count is not None:
-            mass = jnp.where(jnp.arange(n) < count, 1 if mass is None else mass, 0)
-        start = kmeans_plus_plus(key, x, k, weights=mass)
+        start = kmeans_plus_plus(key, x, k, weights=mass, count=count)
         return kmeans(x, start, weights=w, iterations=iterations, count=count)
 
     keys = jax.random.split(key, sets)
