@@ -237,14 +237,27 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """A bar per row, its length the time, its label the error."""
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.2))
-    axes.barh([f"{row['problem']}: {row['contender']}" for row in rows], [row["seconds"] for row in rows])
-    for place, row in enumerate(rows):
-        axes.text(row["seconds"], place, f" error {row['distortion']:.3g}", va="center", fontsize=8)
-    axes.set(xscale="log", xlabel="seconds, after compilation")
-    axes.invert_yaxis()
-    axes.margins(x=0.3)
+    """A panel per problem, a bar per contender: its length the time, its label the error."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    parts = [[row for row in rows if row["problem"] == problem] for problem in problems]
+    heights = [len(part) + 1 for part in parts]
+    figure, panels = plt.subplots(
+        len(problems), figsize=(9, 0.42 * sum(heights) + 1), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axes, problem, part in zip(panels[:, 0], problems, parts, strict=True):
+        times = [row["seconds"] for row in part]
+        ours = ["jaxvq" in row["contender"] for row in part]
+        axes.barh([row["contender"] for row in part], times, color=["tab:blue" if own else "0.6" for own in ours])
+        for place, row in enumerate(part):
+            text = f" {row['seconds']:.2f} s, squared error {row['distortion_ratio']:.4f}"
+            axes.text(row["seconds"], place, text, va="center", fontsize=9)
+        mine = min((time for time, own in zip(times, ours, strict=True) if own), default=None)
+        ratio = "" if mine is None else f": jaxvq takes {mine / times[0]:.2g} times as long as {part[0]['contender']}"
+        axes.set_title(f"{problem}{ratio}", loc="left", fontsize=10)
+        axes.set_xlim(0, 1.5 * max(times))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("seconds after compilation, median; squared error in units of the first contender's")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
