@@ -5,11 +5,8 @@ shapes it will produce (nothing is computed, so a plan is free), and `fit` produ
 """
 
 import abc
-import contextlib
 import dataclasses
 import math
-import numbers
-import operator
 from collections.abc import Mapping
 from typing import Any, Literal, final
 
@@ -18,13 +15,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvq import _fit
+from jaxvq._checks import (
+    check_codebook_dtype,
+    check_count,
+    check_enough,
+    check_per,
+    check_rate,
+    checked_fraction,
+    store_integers,
+)
 from jaxvq.array import Affine, Codebook, QuantizedArray
-from jaxvq.bits import MAX_BITS, check_bits, zero_codes
+from jaxvq.bits import check_bits, zero_codes
 from jaxvq.layout import Layout
 
 AFFINE_BITS = 8
-LARGEST_CODEBOOK = 2**MAX_BITS
-CODEBOOK_DTYPES = ("float32", "bfloat16", "int8")
 
 Per = Literal["tensor", "channel"] | int
 
@@ -96,9 +100,9 @@ class Uniform(AbstractMethod):
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
-        _store_integers(self, "bits", "per")
+        store_integers(self, "bits", "per")
         check_bits(self.bits, AFFINE_BITS)
-        _check_per(self.per)
+        check_per(self.per)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
         return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
@@ -136,9 +140,9 @@ class Symmetric(AbstractMethod):
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
-        _store_integers(self, "bits", "per")
+        store_integers(self, "bits", "per")
         check_bits(self.bits, AFFINE_BITS)
-        _check_per(self.per)
+        check_per(self.per)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
         return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
@@ -177,10 +181,10 @@ class KMeans(AbstractMethod):
     codebook_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _store_integers(self, "bits", "k", "per")
-        _check_rate(self.bits, self.k)
-        _check_per(self.per)
-        _check_codebook_dtype(self.codebook_dtype)
+        store_integers(self, "bits", "k", "per")
+        check_rate(self.bits, self.k)
+        check_per(self.per)
+        check_codebook_dtype(self.codebook_dtype)
 
     @property
     def entries(self) -> int:
@@ -193,7 +197,7 @@ class KMeans(AbstractMethod):
     def template(self, layout: Layout) -> QuantizedArray:
         blocks = _blocks(layout, self.per)
         values = layout.size if self.per == "tensor" else layout.matrix_shape[0]
-        _check_enough(self.entries, min(values, self.per) if isinstance(self.per, int) else values, "values")
+        check_enough(self.entries, min(values, self.per) if isinstance(self.per, int) else values, "values")
         return _codebook_template(layout, (*blocks, 1, self.entries, 1), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
@@ -228,12 +232,12 @@ class RowVQ(AbstractMethod):
     def __post_init__(self) -> None:
         if self.fraction is not None and self.k is not None:
             raise ValueError(f"`fraction` and `k` exclude each other, got {self.fraction} and {self.k}; give one")
-        _store_integers(self, "k", "iterations")
+        store_integers(self, "k", "iterations")
         if self.fraction is not None:
-            object.__setattr__(self, "fraction", _checked_fraction(self.fraction))
-        _check_rate(None, self.k)
-        _check_codebook_dtype(self.codebook_dtype)
-        _check_count("iterations", self.iterations)
+            object.__setattr__(self, "fraction", checked_fraction(self.fraction))
+        check_rate(None, self.k)
+        check_codebook_dtype(self.codebook_dtype)
+        check_count("iterations", self.iterations)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
         whole = Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last)
@@ -245,7 +249,7 @@ class RowVQ(AbstractMethod):
 
     def template(self, layout: Layout) -> QuantizedArray:
         outs = layout.grid[1]
-        _check_enough(self.entries(outs), outs, "output features")
+        check_enough(self.entries(outs), outs, "output features")
         return _codebook_template(layout, (1, 1, 1, self.entries(outs), layout.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
@@ -295,11 +299,11 @@ class Product(AbstractMethod):
     iterations: int = 25
 
     def __post_init__(self) -> None:
-        _store_integers(self, "bits", "k", "dim", "iterations")
-        _check_rate(self.bits, self.k)
-        _check_count("dim", self.dim)
-        _check_count("iterations", self.iterations)
-        _check_codebook_dtype(self.codebook_dtype)
+        store_integers(self, "bits", "k", "dim", "iterations")
+        check_rate(self.bits, self.k)
+        check_count("dim", self.dim)
+        check_count("iterations", self.iterations)
+        check_codebook_dtype(self.codebook_dtype)
         if self.codebooks not in ("shared", "subspace"):
             raise ValueError(f'`codebooks` must be "shared" or "subspace", got {self.codebooks!r}')
 
@@ -314,7 +318,7 @@ class Product(AbstractMethod):
     def template(self, layout: Layout) -> QuantizedArray:
         groups, outs = layout.grid
         subspaces = groups if self.codebooks == "subspace" else 1
-        _check_enough(self.entries, groups * outs // subspaces, f"vectors of {self.dim} values")
+        check_enough(self.entries, groups * outs // subspaces, f"vectors of {self.dim} values")
         return _codebook_template(layout, (subspaces, 1, 1, self.entries, self.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
@@ -356,12 +360,12 @@ class Residual(AbstractMethod):
     iterations: int = 25
 
     def __post_init__(self) -> None:
-        _store_integers(self, "stages", "bits", "k", "dim", "iterations")
-        _check_count("stages", self.stages)
-        _check_rate(self.bits, self.k)
-        _check_count("dim", self.dim)
-        _check_count("iterations", self.iterations)
-        _check_codebook_dtype(self.codebook_dtype)
+        store_integers(self, "stages", "bits", "k", "dim", "iterations")
+        check_count("stages", self.stages)
+        check_rate(self.bits, self.k)
+        check_count("dim", self.dim)
+        check_count("iterations", self.iterations)
+        check_codebook_dtype(self.codebook_dtype)
 
     @property
     def entries(self) -> int:
@@ -372,7 +376,7 @@ class Residual(AbstractMethod):
         return Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last, dim=self.dim)
 
     def template(self, layout: Layout) -> QuantizedArray:
-        _check_enough(self.entries, math.prod(layout.grid), f"vectors of {self.dim} values")
+        check_enough(self.entries, math.prod(layout.grid), f"vectors of {self.dim} values")
         return _codebook_template(layout, (1, 1, self.stages, self.entries, self.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
@@ -459,52 +463,3 @@ def _entries(bits: int | None, k: int | None, *, default_bits: int) -> int:
     if k is not None:
         return k
     return 2 ** (default_bits if bits is None else bits)
-
-
-def _store_integers(method: AbstractMethod, *names: str) -> None:
-    """Stores integers of any type as `int`, which JSON can write; what is none is left for the checks to refuse."""
-    for name in names:
-        value = getattr(method, name)
-        if not isinstance(value, bool):
-            with contextlib.suppress(TypeError):
-                object.__setattr__(method, name, operator.index(value))
-
-
-def _checked_fraction(fraction: Any) -> float:
-    number = float(fraction) if isinstance(fraction, numbers.Real) and not isinstance(fraction, bool) else math.nan
-    if not 0 < number <= 1:
-        raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction!r}; use for example 0.1")
-    return number
-
-
-def _check_rate(bits: int | None, k: int | None) -> None:
-    if bits is not None and k is not None:
-        raise ValueError(f"`bits` and `k` exclude each other, got bits={bits} and k={k}; give one")
-    if bits is not None:
-        check_bits(bits, MAX_BITS)
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= LARGEST_CODEBOOK):
-        raise ValueError(f"`k` must be a whole number from 1 to {LARGEST_CODEBOOK}, got {k!r}; use for example k=16")
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-
-
-def _check_per(per: Any) -> None:
-    whole = isinstance(per, int) and not isinstance(per, bool) and per >= 1
-    if not whole and per not in ("tensor", "channel"):
-        raise ValueError(f'`per` must be "tensor", "channel" or a group size of at least 1, got {per!r}')
-
-
-def _check_codebook_dtype(dtype: str) -> None:
-    if dtype not in CODEBOOK_DTYPES:
-        raise ValueError(f"`codebook_dtype` must be one of {', '.join(CODEBOOK_DTYPES)}, got {dtype!r}")
-
-
-def _check_enough(k: int, most: int, what: str) -> None:
-    if k > most:
-        raise ValueError(
-            f"`k` must be at most the number of {what} that share a codebook, which is {most}, got {k}; "
-            f"use {most} or less, or keep this weight float"
-        )

@@ -17,6 +17,7 @@ LEVELS = {
     "stats": 1,
     "ops": 1,
     "cluster": 2,
+    "_checks": 3,
     "_fit": 3,
     "methods": 3,
     "spec": 3,
