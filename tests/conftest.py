@@ -1,6 +1,7 @@
-"""Settings for every test: strict promotion of dtypes in the core, one thread of figures, explicit seeds."""
+"""What the tests share: explicit seeds."""
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -13,3 +14,12 @@ def key() -> jax.Array:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -391,3 +391,9 @@ def test_a_sample_of_vectors_is_as_good_as_all(rng):
     sampled = error(weight, fit(Product(bits=4, dim=2), weight))
     whole = error(weight[:1000], fit(Product(bits=4, dim=2), weight[:1000]))
     assert sampled < 1.01 * whole
+
+
+@every_method
+def test_no_dtype_is_promoted_by_accident(method, weight):
+    with jax.numpy_dtype_promotion("strict"):
+        assert fit(method, weight.astype(jnp.bfloat16)).dequantize().dtype == jnp.bfloat16

@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -21,15 +20,6 @@ class Network(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Conv(8, (3, 3))(x))
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
-
-
-@pytest.fixture
-def unchecked():
-    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

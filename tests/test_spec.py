@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -20,15 +19,6 @@ PARAMS = {
     "Embed_0": {"embedding": struct(1000, 64, dtype=jnp.bfloat16)},
     "step": struct(dtype=jnp.int32),
 }
-
-
-@pytest.fixture
-def unchecked():
-    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def entry(plan, path):

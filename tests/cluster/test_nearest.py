@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from scipy.cluster.vq import vq as scipy_vq
@@ -11,15 +10,6 @@ from jaxvq.layout import Layout
 from jaxvq.ops.nearest import nearest, vq
 
 QUANTIZED = QuantizedArray(zero_codes(3, 2, 1, 4), Affine(jnp.ones((1, 1, 1))), Layout.of((3, 2), "float32"))
-
-
-@pytest.fixture
-def unchecked():
-    """Without the type-checking hook, whose complaint about an annotation would come before the message."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def brute_force(points, codebook, weights=None):
