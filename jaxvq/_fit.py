@@ -352,8 +352,11 @@ def _vector_problems(
     blocks = (layout.grid[0] if subspaces else 1, 1)
     vectors = math.prod(layout.grid) // blocks[0]
     count = min(vectors, max(SAMPLE_VECTORS, SAMPLE_VECTORS_PER_ENTRY * k))
-    stretch = vectors // count
-    rows = jnp.arange(count) * stretch + jax.random.randint(key, (count,), 0, stretch)
+    # One vector from each of `count` stretches that cover all of them; the first `longer` have one vector more.
+    length, longer = divmod(vectors, count)
+    index = jnp.arange(count, dtype=jnp.int32)
+    starts = index * length + jnp.minimum(index, longer)
+    rows = starts + jax.random.randint(key, (count,), 0, jnp.where(index < longer, length + 1, length), jnp.int32)
 
     def problems(values: Shaped[Array, "..."]) -> Shaped[Array, "p n d"]:
         points = _to_blocks(layout.to_vectors(as_storage(values)), blocks)

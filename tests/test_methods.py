@@ -11,6 +11,7 @@ import pytest
 from contract import METHODS
 from sklearn.cluster import KMeans as PeerKMeans
 
+from jaxvq import _fit
 from jaxvq.array import combine, partition
 from jaxvq.methods import KMeans, Product, Residual, RowVQ, Symmetric, Uniform, method_from_json
 
@@ -397,3 +398,15 @@ def test_a_sample_of_vectors_is_as_good_as_all(rng):
 def test_no_dtype_is_promoted_by_accident(method, weight):
     with jax.numpy_dtype_promotion("strict"):
         assert fit(method, weight.astype(jnp.bfloat16)).dequantize().dtype == jnp.bfloat16
+
+
+def test_a_sample_of_vectors_covers_the_weight(monkeypatch):
+    monkeypatch.setattr(_fit, "SAMPLE_VECTORS", 100)
+    monkeypatch.setattr(_fit, "SAMPLE_VECTORS_PER_ENTRY", 1)
+    weight = jnp.arange(157.0)[:, None]
+    layout = Product(dim=1).layout(weight.shape, weight.dtype)
+    points, _, count = _fit._vector_problems(weight, None, jax.random.key(0), layout=layout, subspaces=False, k=2)
+    sampled = np.asarray(points[0, : int(count), 0])
+    assert len(set(sampled.tolist())) == 100
+    assert np.max(np.diff(sampled)) <= 3
+    assert sampled[-1] == 156
