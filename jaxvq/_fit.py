@@ -181,8 +181,8 @@ def _codebook_codes(
     if decoder.scale is not None:
         tables = tables * decoder.scale
     blocks, stages = (tables.shape[0], tables.shape[1]), tables.shape[2]
-    points = _to_blocks(vectors, blocks)
-    mass = None if importance is None else _to_blocks(importance, blocks)
+    points = to_blocks(vectors, blocks)
+    mass = None if importance is None else to_blocks(importance, blocks)
 
     def one(block: tuple[Array, Array | None, Array]) -> Integer[Array, "n m"]:
         x, w, table = block
@@ -193,7 +193,7 @@ def _codebook_codes(
         return nearest(x, table[0], weights=w)[:, None]
 
     solve = jax.vmap(one) if dim == 1 else functools.partial(jax.lax.map, one)
-    return _from_blocks(solve((points, mass, tables.reshape(-1, *tables.shape[2:]))), blocks, (groups, outs))
+    return from_blocks(solve((points, mass, tables.reshape(-1, *tables.shape[2:]))), blocks, (groups, outs))
 
 
 def _extremes(
@@ -282,7 +282,7 @@ def _mean_size_of_all(weight: Float[Array, "..."]) -> Float[Array, "1 1 1"]:
 def _mean_size(
     weight: Float[Array, "..."], weights: None, *, layout: Layout, blocks: Blocks
 ) -> Float[Array, "g_blocks out_blocks 1"]:
-    values, real = _block_values(weight, weights, layout, blocks)
+    values, real = block_values(weight, weights, layout, blocks)
     return safe_divide(jnp.sum(jnp.abs(values) * real, axis=1), jnp.sum(real, axis=1)).reshape(*blocks, 1)
 
 
@@ -290,7 +290,7 @@ def _mean_size(
 def _block_extremes(
     weight: Float[Array, "..."], weights: None, *, layout: Layout, blocks: Blocks
 ) -> Float[Array, "g_blocks out_blocks 2"]:
-    values, real = _block_values(weight, weights, layout, blocks)
+    values, real = block_values(weight, weights, layout, blocks)
     low = jnp.min(jnp.where(real > 0, values, jnp.inf), axis=1)
     high = jnp.max(jnp.where(real > 0, values, -jnp.inf), axis=1)
     return jnp.stack([low, high], axis=1).reshape(*blocks, 2)
@@ -320,7 +320,7 @@ def _whole_palette(
 def _sample(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, block: int
 ) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
-    values, mass = (rows[0] for rows in _block_values(weight, weights, layout, (1, 1)))
+    values, mass = (rows[0] for rows in block_values(weight, weights, layout, (1, 1)))
     return (values, mass) if block == 1 else thin(values, mass, block)
 
 
@@ -328,7 +328,7 @@ def _sample(
 def _palette_problems(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks
 ) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
-    values, mass = _block_values(weight, weights, layout, blocks)
+    values, mass = block_values(weight, weights, layout, blocks)
     if values.shape[1] > SAMPLE_ABOVE:
         values, mass = jax.vmap(functools.partial(thin, block=-(-values.shape[1] // SAMPLE_BLOCKS)))(values, mass)
     return pad_problems(values, mass)
@@ -359,7 +359,7 @@ def _vector_problems(
     rows = starts + jax.random.randint(key, (count,), 0, jnp.where(index < longer, length + 1, length), jnp.int32)
 
     def problems(values: Shaped[Array, "..."]) -> Shaped[Array, "p n d"]:
-        points = _to_blocks(layout.to_vectors(as_storage(values)), blocks)
+        points = to_blocks(layout.to_vectors(as_storage(values)), blocks)
         points = points if count == vectors else points[:, rows]
         padded = jnp.pad(points, ((0, 0), (0, bucket(count) - count), (0, 0)))
         return from_storage(padded, values.dtype)
@@ -376,24 +376,24 @@ def fit_palettes(
     return map_problems(lambda x, w: kmeans1d(x, k, weights=w), jnp.asarray(count, jnp.int32), at_once, points, mass)
 
 
-def _block_values(
+def block_values(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, layout: Layout, blocks: Blocks
 ) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
     """The values of each block and their importance, which is 0 for padding."""
-    values = _to_blocks(layout.to_vectors(weight), blocks)[..., 0].astype(jnp.float32)
+    values = to_blocks(layout.to_vectors(weight), blocks)[..., 0].astype(jnp.float32)
     importance = jnp.ones(layout.shape, jnp.float32) if weights is None else weights
-    return values, _to_blocks(layout.to_vectors(importance), blocks)[..., 0].astype(jnp.float32)
+    return values, to_blocks(layout.to_vectors(importance), blocks)[..., 0].astype(jnp.float32)
 
 
-def _to_blocks(vectors: Shaped[Array, "g out d"], blocks: Blocks) -> Shaped[Array, "p n d"]:
+def to_blocks(vectors: Shaped[Array, "g out d"], blocks: Blocks) -> Shaped[Array, "p n d"]:
     """The vectors of each block of the grid in a row of their own."""
     groups, outs, dim = vectors.shape
     cut = vectors.reshape(blocks[0], groups // blocks[0], blocks[1], outs // blocks[1], dim)
     return cut.transpose(0, 2, 1, 3, 4).reshape(blocks[0] * blocks[1], -1, dim)
 
 
-def _from_blocks(rows: Shaped[Array, "p n m"], blocks: Blocks, grid: tuple[int, int]) -> Shaped[Array, "g out m"]:
-    """Undoes `_to_blocks`."""
+def from_blocks(rows: Shaped[Array, "p n m"], blocks: Blocks, grid: tuple[int, int]) -> Shaped[Array, "g out m"]:
+    """Undoes `to_blocks`."""
     (groups, outs), stages = grid, rows.shape[2]
     cut = rows.reshape(*blocks, groups // blocks[0], outs // blocks[1], stages)
     return cut.transpose(0, 2, 1, 3, 4).reshape(groups, outs, stages)

@@ -110,10 +110,13 @@ class Uniform(AbstractMethod):
     def template(self, layout: Layout) -> QuantizedArray:
         return _affine_template(layout, self.per, self.bits, has_zero_point=True)
 
+    def decoder(self, weight: Float[Array, "..."], layout: Layout) -> Affine:
+        """The levels for a weight."""
+        return _fit.uniform(weight, layout=layout, blocks=blocks_of(layout, self.per), bits=self.bits)
+
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key, weights
-        decoder = _fit.uniform(weight, layout=layout, blocks=_blocks(layout, self.per), bits=self.bits)
-        return _fit.encode(weight, None, decoder, layout=layout, bits=self.bits)
+        return _fit.encode(weight, None, self.decoder(weight, layout), layout=layout, bits=self.bits)
 
 
 @final
@@ -150,10 +153,13 @@ class Symmetric(AbstractMethod):
     def template(self, layout: Layout) -> QuantizedArray:
         return _affine_template(layout, self.per, self.bits, has_zero_point=False)
 
+    def decoder(self, weight: Float[Array, "..."], layout: Layout) -> Affine:
+        """The levels for a weight."""
+        return _fit.symmetric(weight, layout=layout, blocks=blocks_of(layout, self.per), bits=self.bits)
+
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key, weights
-        decoder = _fit.symmetric(weight, layout=layout, blocks=_blocks(layout, self.per), bits=self.bits)
-        return _fit.encode(weight, None, decoder, layout=layout, bits=self.bits)
+        return _fit.encode(weight, None, self.decoder(weight, layout), layout=layout, bits=self.bits)
 
 
 @final
@@ -195,7 +201,7 @@ class KMeans(AbstractMethod):
         return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
 
     def template(self, layout: Layout) -> QuantizedArray:
-        blocks = _blocks(layout, self.per)
+        blocks = blocks_of(layout, self.per)
         values = layout.size if self.per == "tensor" else layout.matrix_shape[0]
         check_enough(self.entries, min(values, self.per) if isinstance(self.per, int) else values, "values")
         return _codebook_template(layout, (*blocks, 1, self.entries, 1), self.codebook_dtype)
@@ -203,7 +209,7 @@ class KMeans(AbstractMethod):
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key
         weights = _fit.importance_of(weights, layout=layout)
-        vectors = _fit.palettes(weight, weights, layout=layout, blocks=_blocks(layout, self.per), k=self.entries)
+        vectors = _fit.palettes(weight, weights, layout=layout, blocks=blocks_of(layout, self.per), k=self.entries)
         return _encode(weight, None, vectors, layout, self.codebook_dtype)
 
 
@@ -427,7 +433,7 @@ def _group(layout: Layout, per: int) -> int:
     return min(per, layout.matrix_shape[0])
 
 
-def _blocks(layout: Layout, per: Per) -> tuple[int, int]:
+def blocks_of(layout: Layout, per: Per) -> tuple[int, int]:
     """How many ranges or palettes lie along (g, out)."""
     groups, outs = layout.grid
     if isinstance(per, int):
@@ -437,7 +443,7 @@ def _blocks(layout: Layout, per: Per) -> tuple[int, int]:
 
 def _affine_template(layout: Layout, per: Per, bits: int, *, has_zero_point: bool) -> QuantizedArray:
     def build() -> QuantizedArray:
-        scale = jnp.zeros((*_blocks(layout, per), 1))
+        scale = jnp.zeros((*blocks_of(layout, per), 1))
         return QuantizedArray(
             zero_codes(*layout.grid, 1, bits), Affine(scale, scale if has_zero_point else None), layout
         )

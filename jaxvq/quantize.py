@@ -1,5 +1,6 @@
 """The main job: a tree of parameters to a tree with quantized leaves, and back."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,14 +94,29 @@ def quantize_leaf(
     own_key = path_key(key, entry.path)
     if entry.stacked == 0:
         return method.fit(weight, layout, key=own_key, weights=weights)
-    slices = weight.reshape(-1, *layout.shape)
-    importance = [None] * len(slices) if weights is None else list(weights.reshape(-1, *layout.shape))
-    layers = [
-        method.fit(one, layout, key=jax.random.fold_in(own_key, index), weights=mass)
-        for index, (one, mass) in enumerate(zip(slices, importance, strict=True))
+    count = math.prod(entry.shape[: entry.stacked])
+    keys = jax.vmap(lambda index: jax.random.fold_in(own_key, index))(jnp.arange(count))
+    return over_stack(
+        lambda one, mass, one_key: method.fit(one, layout, key=one_key, weights=mass),
+        entry.shape[: entry.stacked],
+        weight,
+        weights,
+        keys.reshape(*entry.shape[: entry.stacked], *keys.shape[1:]),
+    )
+
+
+def over_stack(function: Callable[..., Any], stack: tuple[int, ...], *trees: Any) -> Any:
+    """`function` of each slice of trees whose arrays begin with the axes `stack`, and the results stacked again.
+
+    One after the other, because all layers at once would take the memory of all.
+    """
+    if not stack:
+        return function(*trees)
+    results = [
+        function(*jax.tree.map(lambda leaf: leaf[index], trees))  # noqa: B023, called before the next index
+        for index in np.ndindex(stack)
     ]
-    stack = entry.shape[: entry.stacked]
-    return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*stack, *parts[0].shape), *layers)
+    return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*stack, *parts[0].shape), *results)
 
 
 def dequantize_params(params: Any) -> Any:

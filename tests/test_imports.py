@@ -17,11 +17,14 @@ LEVELS = {
     "stats": 1,
     "ops": 1,
     "cluster": 2,
+    "scalar": 2,
     "_checks": 3,
     "_fit": 3,
     "methods": 3,
     "spec": 3,
+    "training": 4,
     "quantize": 4,
+    "finetune": 4,
     "_container": 5,
     "_hostcodes": 5,
     "_leaves": 5,
@@ -29,6 +32,8 @@ LEVELS = {
     "_writer": 5,
     "storage": 5,
     "metrics": 5,
+    "linen": 5,
+    "nnx": 5,
     "cli": 6,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
