@@ -72,7 +72,7 @@ def _backward(bits: int, saved: tuple, gradient: Array) -> tuple[Array, Array, A
 
 
 def _last_code(zero_point: Float[Array, "..."] | None, bits: int) -> float:
-    return 2 * symmetric_zero(bits) if zero_point is None else 2**bits - 1
+    return 2 * symmetric_zero(bits) if zero_point is None else 2.0**bits - 1
 
 
 def _sum_like(values: Float[Array, "..."], like: Shaped[Array, "..."]) -> Float[Array, "..."]:
