@@ -7,6 +7,7 @@ from jaxvq.array import Affine, Codebook, QuantizedArray
 from jaxvq.bits import pack
 from jaxvq.layout import Layout
 from jaxvq.methods import KMeans, Product, Residual, RowVQ, Symmetric, Uniform
+from jaxvq.training import QuantNoise, SoftAssignment, StraightThrough
 
 METHODS = [
     Uniform(bits=4),
@@ -22,6 +23,21 @@ METHODS = [
     Product(bits=3, dim=4),
     Product(k=5, dim=3, codebooks="subspace", codebook_dtype="bfloat16"),
     Residual(stages=2, bits=3, dim=4, codebook_dtype="int8"),
+]
+
+TRAININGS = [
+    (StraightThrough(), Symmetric(bits=4)),
+    (StraightThrough(), Symmetric(bits=1, per="channel")),
+    (StraightThrough(), Uniform(bits=2, per=16)),
+    (StraightThrough(learned_step=True), Symmetric(bits=3, per="channel")),
+    (StraightThrough(learned_step=True), Symmetric(bits=1)),
+    (SoftAssignment(temperature=1e-3), KMeans(bits=2)),
+    (SoftAssignment(temperature=1e-2), KMeans(bits=3, per="channel", codebook_dtype="bfloat16")),
+    (SoftAssignment(temperature=1e-2), KMeans(k=5, per=20)),
+    (QuantNoise(rate=0.2), Product(bits=3, dim=4)),
+    (QuantNoise(rate=0.2), RowVQ(fraction=0.4)),
+    (QuantNoise(rate=0.5), Uniform(bits=4)),
+    (QuantNoise(rate=1.0), Symmetric(bits=4)),
 ]
 
 
