@@ -23,7 +23,6 @@ import optax
 import rich
 import rich.progress
 import rich.table
-from flax.linen import initializers
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -78,12 +77,17 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n 2"]) -> Float[Array, " n"]:
         for index, width in enumerate(self.widths):
-            bound = x.shape[-1] ** -0.5
-            bias = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-            kernel = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-            x = nn.Dense(width, kernel_init=kernel, bias_init=lambda key, shape, dtype, f=bias: f(key, shape, dtype))(x)
+            first = _uniform(x.shape[-1] ** -0.5)
+            x = nn.Dense(width, kernel_init=first, bias_init=first)(x)
             x = nn.relu(x) if index + 1 < len(self.widths) else x
         return x[:, 0]
+
+
+def _uniform(bound: float) -> Any:
+    def initialize(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,7 @@ def moons(config: Config) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "
     import sklearn.datasets
 
     points, labels = sklearn.datasets.make_moons(config.samples, noise=config.noise, random_state=42)
-    return points.astype(np.float32), labels.astype(np.float32)
+    return np.asarray(points, np.float32), np.asarray(labels, np.float32)
 
 
 def train(params: Any, config: Config, seed: int) -> Run:

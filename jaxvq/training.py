@@ -174,7 +174,7 @@ class SoftAssignment(AbstractTraining):
     def weight(self, latent, extra, method, layout, *, key, train) -> tuple[Float[Array, "..."], Arrays]:
         state = extra[1]
         if not train:
-            return self.harden(latent, extra, method, layout, key=key).dequantize(), state
+            return self._assigned(latent, state, method, layout).dequantize(), state
         blocks = blocks_of(layout, method.per)
         values, mass = _fit.block_values(latent, None, layout, blocks)
         centre = safe_divide(jnp.sum(values * mass, axis=1), jnp.sum(mass, axis=1))[:, None]
@@ -201,7 +201,10 @@ class SoftAssignment(AbstractTraining):
 
     def harden(self, latent, extra, method, layout, *, key) -> QuantizedArray:
         del key
-        codebook: Codebook = _fit.round_codebook(extra[1]["codebook"], method.codebook_dtype)
+        return self._assigned(latent, extra[1], method, layout)
+
+    def _assigned(self, latent: Array, state: Arrays, method: Any, layout: Layout) -> QuantizedArray:
+        codebook: Codebook = _fit.round_codebook(state["codebook"], method.codebook_dtype)
         return _fit.encode(latent, None, codebook, layout=layout, bits=_fit.code_bits(method.entries))
 
 
