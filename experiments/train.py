@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+import jaxvq
 from experiments.data import Dataset
 
 TEST_BATCH = 1_000
@@ -31,7 +32,10 @@ class TrainConfig:
       hidden: width of the first dense layer.
       epochs: passes over the training images.
       batch_size: images per step.
-      learning_rate: the highest step size of Adam; it falls to zero along a cosine.
+      learning_rate: the highest step size of Adam.
+      decay: let the step size fall to zero along a cosine.
+      l1: what the sum of the absolute values of all parameters adds to the loss, times this.
+      conv_bias: give the convolutions a bias, although the normalization after them adds one.
       seed: of the first weights and of the order of the images.
     """
 
@@ -40,24 +44,25 @@ class TrainConfig:
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 3e-3
+    decay: bool = True
+    l1: float = 0.0
+    conv_bias: bool = False
     seed: int = 0
 
 
 class ConvNet(nn.Module):
-    """Three blocks of convolution, batch normalization and ReLU, then two dense layers.
-
-    The convolutions have no bias, because the normalization after them adds one.
-    """
+    """Three blocks of convolution, batch normalization and ReLU, then two dense layers."""
 
     channels: tuple[int, int, int]
     hidden: int
     classes: int
+    conv_bias: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "n height width c"], train: bool) -> Float[Array, "n classes"]:
         x = images
         for width, window, pool in zip(self.channels, (5, 3, 3), (False, True, True), strict=True):
-            x = nn.Conv(width, (window, window), padding="SAME", use_bias=False)(x)
+            x = nn.Conv(width, (window, window), padding="SAME", use_bias=self.conv_bias)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)
             x = nn.relu(x)
             if pool:
@@ -72,25 +77,29 @@ class _Trainer:
     """What a step needs beside arrays; compared by value, so that its program compiles once."""
 
     model: ConvNet
-    learning_rate: float
+    config: TrainConfig
     steps: int
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps))
+        rate = self.config.learning_rate
+        return optax.adam(optax.cosine_decay_schedule(rate, self.steps) if self.config.decay else rate)
 
 
 def network(config: TrainConfig, dataset: Dataset) -> ConvNet:
     """The network that `config` describes, for the classes of `dataset`."""
-    return ConvNet(config.channels, config.hidden, dataset.classes)
+    return ConvNet(config.channels, config.hidden, dataset.classes, config.conv_bias)
 
 
-def fit(dataset: Dataset, config: TrainConfig, *, progress: Progress = iter) -> Variables:
+def fit(
+    dataset: Dataset, config: TrainConfig, *, start: Variables | None = None, progress: Progress = iter
+) -> Variables:
     """Trains the network.
 
     Args:
       dataset: the data; only the training part is looked at.
       config: the network and its training.
+      start: variables to train on from, instead of new ones; of quantized parameters only the codebooks train.
       progress: wraps the sequence of epochs, such as `rich.progress.track`.
 
     Returns:
@@ -105,37 +114,43 @@ def fit(dataset: Dataset, config: TrainConfig, *, progress: Progress = iter) -> 
             f"`batch_size` must be at most the {count} training images, got {config.batch_size}; use a smaller one"
         )
     steps = config.epochs * (count // config.batch_size)
-    trainer = _Trainer(network(config, dataset), config.learning_rate, steps)
+    trainer = _Trainer(network(config, dataset), dataclasses.replace(config, seed=0), steps)
     generator = np.random.default_rng(config.seed)
-    variables: Any = trainer.model.init(jax.random.key(config.seed), dataset.train_images[:1], train=False)
-    state = trainer.optimizer.init(variables["params"])
+    variables: Any = start or trainer.model.init(jax.random.key(config.seed), dataset.train_images[:1], train=False)
+    trainable, frozen = jaxvq.partition(jax.tree.map(jnp.copy, variables["params"]))
+    statistics, state = jax.tree.map(jnp.copy, variables["batch_stats"]), trainer.optimizer.init(trainable)
     for _ in progress(range(config.epochs)):
         order = generator.permutation(count)
         # One call per step: on CPUs a convolution inside `lax.scan` ran 12 times slower than outside.
-        for start in range(0, count - config.batch_size + 1, config.batch_size):
-            batch = order[start : start + config.batch_size]
+        for begin in range(0, count - config.batch_size + 1, config.batch_size):
+            batch = order[begin : begin + config.batch_size]
             images, labels = dataset.train_images[batch], dataset.train_labels[batch]
-            variables, state = _step(trainer, variables, state, images, labels)
-    return variables
+            trainable, statistics, state = _step(trainer, trainable, statistics, state, frozen, images, labels)
+    return {"params": jaxvq.combine(trainable, frozen), "batch_stats": statistics}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
 def _step(
     trainer: _Trainer,
-    variables: Variables,
+    trainable: Any,
+    statistics: Any,
     state: optax.OptState,
+    frozen: Any,
     images: Float[Array, "b height width c"],
     labels: Int[Array, " b"],
-) -> tuple[Variables, optax.OptState]:
-    def loss(params: Any) -> tuple[Float[Array, ""], Any]:
-        logits, updates = trainer.model.apply(
-            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-        )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+) -> tuple[Any, Any, optax.OptState]:
+    def loss(trainable: Any) -> tuple[Float[Array, ""], Any]:
+        params = jaxvq.dequantize_params(jaxvq.combine(trainable, frozen))
+        variables = {"params": params, "batch_stats": statistics}
+        logits, updates = trainer.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        if trainer.config.l1:
+            value += trainer.config.l1 * sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params))
+        return value, updates["batch_stats"]
 
-    gradients, updates = jax.grad(loss, has_aux=True)(variables["params"])
-    changes, state = trainer.optimizer.update(gradients, state, variables["params"])
-    return {"params": optax.apply_updates(variables["params"], changes), **updates}, state
+    gradients, statistics = jax.grad(loss, has_aux=True)(trainable)
+    changes, state = trainer.optimizer.update(gradients, state, trainable)
+    return optax.apply_updates(trainable, changes), statistics, state
 
 
 def accuracy(model: ConvNet, variables: Variables, dataset: Dataset) -> float:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
-from jaxvq._numerics import as_storage, from_storage, matmul, safe_divide
+from jaxvq._numerics import as_storage, from_storage, safe_divide
+from jaxvq.ops.lookup import one_hot_sums
 from jaxvq.ops.nearest import check_points, chunk_length, in_chunks, scores
 
 
@@ -138,15 +139,3 @@ def sums_by_code(values: Float[Array, "n e"], codes: Int32[Array, " n"], k: int)
     on_cpu = functools.partial(jax.ops.segment_sum, num_segments=k)
     elsewhere = functools.partial(one_hot_sums, k=k)
     return lax.platform_dependent(values, codes, cpu=on_cpu, default=elsewhere)
-
-
-def one_hot_sums(values: Float[Array, "n e"], codes: Int32[Array, " n"], k: int) -> Float[Array, "k e"]:
-    """`sums_by_code` as products with one-hot codes: the scatter-add of an accelerator adds in no fixed order."""
-    length = chunk_length(values.shape[0], k)
-
-    def add(sums: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        one_hot = jax.nn.one_hot(chunk[1][:, 0], k, axis=0, dtype=jnp.float32)
-        return sums + matmul(one_hot, chunk[0]), None
-
-    chunks = in_chunks(values, length), in_chunks(codes[:, None], length)
-    return lax.scan(add, jnp.zeros((k, values.shape[1]), jnp.float32), chunks)[0]

@@ -1,0 +1,272 @@
+"""ResNet-20 for CIFAR-10 in Flax, its weights from PyTorch, and how it is fine-tuned, quantized or not."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+import jaxvq
+from experiments.cifar import CLASSES, augment
+from experiments.data import Dataset
+
+EPSILON = 1e-5
+MOMENTUM = 0.9
+TEMPERATURE = 2.0
+FLOOR = 1e-3
+SENSITIVITY_BATCH = 25
+
+Variables = dict[str, Any]
+Progress = Callable[[Sequence[int]], Iterable[int]]
+
+
+class ResNet20(nn.Module):
+    """19 convolutions of 3x3 and a dense layer; the shortcuts have no weights.
+
+    Source: K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition", 2015, arXiv 1512.03385,
+    section 4.2, with option A where the channels double.
+
+    Attributes:
+      widths: channels of the three stages.
+      blocks: residual blocks in each stage, of two convolutions each.
+    """
+
+    widths: tuple[int, int, int] = (16, 32, 64)
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n height width 3"], train: bool) -> Float[Array, "n 10"]:
+        x = nn.relu(_normalized(images, self.widths[0], "conv1", "bn1", train=train))
+        for stage, width in enumerate(self.widths, start=1):
+            for block in range(self.blocks):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = Block(width, stride, name=f"layer{stage}_{block}")(x, train)
+        return nn.Dense(CLASSES, name="linear")(jnp.mean(x, axis=(1, 2)))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut.
+
+    Attributes:
+      width: output channels.
+      stride: of the first convolution.
+    """
+
+    width: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n height width c"], train: bool) -> Float[Array, "n height2 width2 c2"]:
+        y = nn.relu(_normalized(x, self.width, "conv1", "bn1", train=train, stride=self.stride))
+        y = _normalized(y, self.width, "conv2", "bn2", train=train)
+        more = (self.width - x.shape[-1]) // 2
+        shortcut = x[:, :: self.stride, :: self.stride]
+        return nn.relu(y + jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (more, more))))
+
+
+def _normalized(x: Array, width: int, conv: str, norm: str, *, train: bool, stride: int = 1) -> Array:
+    # The padding is that of PyTorch: Flax's own "SAME" would shift a convolution of stride 2 by one pixel.
+    x = nn.Conv(width, (3, 3), strides=stride, padding=((1, 1), (1, 1)), use_bias=False, name=conv)(x)
+    return nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, name=norm)(x)
+
+
+def from_torch(tensors: Mapping[str, np.ndarray]) -> Variables:
+    """The variables of the network, from tensors under their PyTorch names.
+
+    Convolution weights (out, in, height, width) become kernels (height, width, in, out), dense weights (out, in)
+    become (in, out); the blocks `layer1.0` are called `layer1_0`.
+
+    Raises:
+      ValueError: for a name that the network does not have.
+    """
+    variables: Variables = {"params": {}, "batch_stats": {}}
+    for name, tensor in tensors.items():
+        *layers, kind = name.split(".")
+        collection, leaf = _place(kind, tensor.ndim)
+        layers = [f"{layers[0]}_{layers[1]}", *layers[2:]] if len(layers) > 1 else layers
+        node = variables[collection]
+        for layer in layers:
+            node = node.setdefault(layer, {})
+        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(tensor.ndim, (0,))
+        node[leaf] = jnp.asarray(np.ascontiguousarray(tensor.transpose(axes)))
+    return variables
+
+
+def _place(kind: str, rank: int) -> tuple[str, str]:
+    """The collection and the name of a leaf."""
+    places = {
+        "weight": ("params", "scale" if rank == 1 else "kernel"),
+        "bias": ("params", "bias"),
+        "running_mean": ("batch_stats", "mean"),
+        "running_var": ("batch_stats", "var"),
+    }
+    if kind not in places:
+        raise ValueError(f"`tensors` must have names that end in {', '.join(places)}, got {kind!r}; leave it out")
+    return places[kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """How a trained network is trained on.
+
+    Attributes:
+      epochs: passes over the training images; parts of one are allowed.
+      batch_size: images per step.
+      learning_rate: the highest step size of Adam; it falls to zero along a cosine.
+      distilled: the share of the teacher in the loss, where there is one; the labels have the rest.
+      seed: of the order of the images, their shifts and their mirroring.
+    """
+
+    epochs: float = 6
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    distilled: float = 0.9
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tuner:
+    """What a step needs beside arrays; compared by value, so that its program compiles once."""
+
+    model: ResNet20
+    config: TuneConfig
+    steps: int
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(optax.cosine_decay_schedule(self.config.learning_rate, self.steps))
+
+
+def tune(
+    model: ResNet20,
+    variables: Variables,
+    dataset: Dataset,
+    config: TuneConfig,
+    *,
+    teacher: Variables | None = None,
+    progress: Progress = iter,
+) -> Variables:
+    """Trains a network on, quantized or not: all float leaves of its parameters, so its codebooks but not its codes.
+
+    Args:
+      model: the network.
+      variables: where to start; `params` may hold quantized leaves.
+      dataset: only the training part is looked at.
+      config: how to train.
+      teacher: float variables of the same network, whose answers the training imitates as far as
+        `config.distilled` says (Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015,
+        arXiv 1503.02531).
+      progress: wraps the sequence of steps, such as `rich.progress.track`.
+
+    Raises:
+      ValueError: when there are fewer training images than make one batch.
+    """
+    count = len(dataset.train_images)
+    if count < config.batch_size:
+        raise ValueError(
+            f"`batch_size` must be at most the {count} training images, got {config.batch_size}; use a smaller one"
+        )
+    steps = max(1, round(config.epochs * (count // config.batch_size)))
+    tuner = _Tuner(model, config, steps)
+    trainable, frozen = jaxvq.partition(jax.tree.map(jnp.copy, variables["params"]))
+    statistics, state = jax.tree.map(jnp.copy, variables["batch_stats"]), tuner.optimizer.init(trainable)
+    batches = _batches(dataset, config)
+    # One call per step: on CPUs a convolution inside `lax.scan` ran 12 times slower than outside.
+    for _ in progress(range(steps)):
+        images, labels = next(batches)
+        trainable, statistics, state = _step(tuner, trainable, statistics, state, frozen, teacher, images, labels)
+    return {"params": jaxvq.combine(trainable, frozen), "batch_stats": statistics}
+
+
+def _batches(dataset: Dataset, config: TuneConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shuffled and varied images without end."""
+    generator = np.random.default_rng(config.seed)
+    count, size = len(dataset.train_images), config.batch_size
+    while True:
+        order = generator.permutation(count)
+        for start in range(0, count - size + 1, size):
+            batch = order[start : start + size]
+            yield augment(dataset.train_images[batch], generator), dataset.train_labels[batch]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+def _step(
+    tuner: _Tuner,
+    trainable: Any,
+    statistics: Any,
+    state: optax.OptState,
+    frozen: Any,
+    teacher: Variables | None,
+    images: Float[Array, "b height width 3"],
+    labels: Int[Array, " b"],
+) -> tuple[Any, Any, optax.OptState]:
+    def loss(trainable: Any) -> tuple[Float[Array, ""], Any]:
+        params = jaxvq.dequantize_params(jaxvq.combine(trainable, frozen))
+        variables = {"params": params, "batch_stats": statistics}
+        logits, updates = tuner.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        if teacher is not None:
+            answers: Any = tuner.model.apply(teacher, images, train=False)
+            share = tuner.config.distilled
+            value = (1 - share) * value + share * _imitation(logits, answers)
+        return value, updates["batch_stats"]
+
+    gradients, statistics = jax.grad(loss, has_aux=True)(trainable)
+    changes, state = tuner.optimizer.update(gradients, state, trainable)
+    return optax.apply_updates(trainable, changes), statistics, state
+
+
+def _imitation(logits: Float[Array, "b n"], answers: Float[Array, "b n"]) -> Float[Array, ""]:
+    """Cross-entropy against softened answers, times the squared temperature: gradients as large as those of labels."""
+    wanted = jax.nn.softmax(answers / TEMPERATURE)
+    return TEMPERATURE**2 * optax.softmax_cross_entropy(logits / TEMPERATURE, wanted).mean()
+
+
+def sensitivity(
+    model: ResNet20, variables: Variables, dataset: Dataset, *, count: int, progress: Progress = iter
+) -> dict[str, jaxvq.LayerStats]:
+    """How much each weight matters: the mean squared gradient of the loss over single training images.
+
+    This is the diagonal of the empirical Fisher information, for `jaxvq.quantize_params(..., stats=...)`. A
+    thousandth of a layer's mean is added everywhere, for weights that none of the images needed.
+
+    Args:
+      model: the network.
+      variables: its float variables.
+      dataset: only the training part is looked at.
+      count: how many images, from the first.
+      progress: wraps the sequence of batches.
+    """
+    count = min(count, len(dataset.train_labels))
+    total = None
+    for start in progress(range(0, count, SENSITIVITY_BATCH)):
+        part = slice(start, min(start + SENSITIVITY_BATCH, count))
+        seen = _squared_gradients(model, variables, dataset.train_images[part], dataset.train_labels[part])
+        total = seen if total is None else jax.tree.map(jnp.add, total, seen)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jaxvq.LayerStats.zeros(sums.shape).add(
+            (sums + FLOOR * jnp.mean(sums)) / count
+        )
+        for path, sums in jax.tree.leaves_with_path(total)
+        if sums.ndim > 1
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squared_gradients(
+    model: ResNet20, variables: Variables, images: Float[Array, "b height width 3"], labels: Int[Array, " b"]
+) -> Any:
+    """The sum over the images of the squared gradients."""
+
+    def loss(params: Any, image: Float[Array, "height width 3"], label: Int[Array, ""]) -> Float[Array, ""]:
+        logits: Any = model.apply({**variables, "params": params}, image[None], train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label[None]).sum()
+
+    gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(variables["params"], images, labels)
+    return jax.tree.map(lambda leaf: jnp.sum(leaf**2, axis=0), gradients)
