@@ -283,8 +283,7 @@ def accuracy(network: Network, variables: Variables, data: Data) -> float:
 
 @partial(jax.jit, static_argnums=0)
 def _count_correct(network: Network, variables: Variables, data: Data) -> Int[Array, ""]:
-    images, labels = data
-    return jnp.sum(jnp.argmax(jaxvq.linen.apply(network, variables, images), axis=-1) == labels)
+    return jnp.sum(jnp.argmax(jaxvq.linen.apply(network, variables, data[0]), axis=-1) == data[1])
 
 
 def choose(rows: Sequence[Row], kind: str) -> str:
@@ -346,10 +345,9 @@ def draw(rows: Sequence[Row], best: dict[str, str], *, config: Config) -> matplo
     for row, marker in zip(rows, itertools.cycle("osD^vP*<>")):
         mean, low, high = (100 * part(row["accuracy"]) for part in (np.mean, min, max))
         colour, bars = COLOURS[row["kind"]], [[mean - low], [high - mean]]
-        fill = colour if row["name"] in best.values() else "white"
         label = f"{row['name']}: {row['nbytes'] / 1000:.1f} kB, {mean:.2f}%"
-        style = {"markersize": 8, "capsize": 4, "color": colour, "markerfacecolor": fill}
-        axes.errorbar(row["nbytes"] / 1000, mean, bars, fmt=marker, label=label, **style)
+        style: Any = {"color": colour, "markerfacecolor": colour if row["name"] in best.values() else "white"}
+        axes.errorbar(row["nbytes"] / 1000, mean, bars, fmt=marker, markersize=8, capsize=4, label=label, **style)
     named = {row["name"]: row for row in rows}
     percent = {name: f"{100 * np.mean(row['accuracy']):.2f}%" for name, row in named.items()}
     axes.axvline(named[BUDGET]["nbytes"] / 1000, color=COLOURS[CODEBOOKS], linewidth=1, linestyle=":")
@@ -388,8 +386,9 @@ def parse(arguments: Sequence[str]) -> Config:
     dataset = asked.dataset or ("digits" if asked.smoke else "mnist")
     first = Training(10, 0.1, batch_size=64 if dataset == "mnist" else 16)
     variants = all_variants(first.batch_size)
-    if asked.smoke:  # one of each kind
-        return Config(dataset, 1, first, (*variants[:2], variants[4]), asked.out)
+    if asked.smoke:  # one of each kind, which compile quickly
+        rows = _layerwise(BUDGET, (RowVQ(fraction=0.1), None, None), variants[-1].training)
+        return Config(dataset, 1, first, (*variants[:2], rows), asked.out)
     return Config(dataset, asked.seeds, first, variants, asked.out)
 
 

@@ -5,7 +5,7 @@ weight, where its codebooks then learn on 5,000 images, all at once or layer by 
 fine-tuned in the same way. `JAXVQ_CIFAR10_DIR` says where weights and images are; see `experiments/cifar.py`.
 
     python -m experiments.resnet_pq [--smoke] [--validate] [--recipes NAME ...] [--no-by-layer] [--from-tuned]
-        [--epochs N] [--batch-size N] [--learning-rate X] [--distilled X] [--calibration N] [--out DIR] [--seed N]
+        [--epochs N] [--learning-rate X] [--distilled X] [--out DIR] [--seed N]
 """
 
 import argparse
@@ -36,6 +36,7 @@ from experiments.resnet import ResNet20, TuneConfig, Variables, from_torch, sens
 from experiments.train import accuracy
 from jaxvq import Codebook, KMeans, LayerStats, Product, QuantizedArray, Residual, Rule, Spec
 
+CALIBRATION = 1_000  # training images that tell how much each weight matters
 LIMIT = 2.5  # bits per weight, over the whole network
 INT8_MAX = 127
 FLOAT = "float"
@@ -56,7 +57,6 @@ RECIPES = {
     "product-3": on_stages(Product(k=16, dim=2), Product(k=64, dim=3), Product(k=64, dim=3)),
     "product-4": on_stages(KMeans(bits=4), Product(k=64, dim=2), Product(k=128, dim=4)),
     "product-9": on_stages(KMeans(bits=4), Product(k=64, dim=2), Product(k=256, dim=9)),
-    "mixed": on_stages(KMeans(bits=4), Product(k=32, dim=2), KMeans(bits=2, per="channel")),
     "residual": on_stages(KMeans(bits=4), Product(k=32, dim=2), Residual(stages=2, k=16, dim=4)),
 }
 
@@ -68,7 +68,6 @@ class Config:
     Attributes:
       recipes: names of `RECIPES` to fine-tune.
       by_layer: fine-tune them layer by layer, too.
-      from_tuned: quantize the float network after its fine-tuning, not before.
       train: of the float network and of the quantized ones.
       calibration: training images that tell how much each weight matters.
       validate: test on a fifth of the training images, which is then not trained on: to choose settings.
@@ -79,7 +78,6 @@ class Config:
 
     recipes: tuple[str, ...]
     by_layer: bool
-    from_tuned: bool
     train: TuneConfig
     calibration: int
     validate: bool
@@ -217,8 +215,6 @@ def main(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     teacher = study.tuned(study.variables, FLOAT)
     results.append(study.measure(FLOAT, teacher, began, way=TUNED))
-    if config.from_tuned:
-        study = weighed(config, study.model, teacher, study.dataset)
     kept: dict[int, Variables] = {}
     for name in config.recipes:
         began = time.perf_counter()
@@ -385,26 +381,22 @@ def parse(arguments: Sequence[str]) -> Config:
     parser.add_argument("--smoke", action="store_true", help="a small run that only shows that everything works")
     parser.add_argument("--validate", action="store_true", help="test on training images held out, to choose settings")
     names = tuple(name for name in RECIPES if name != FOUR_BITS)
-    parser.add_argument("--recipes", nargs="+", choices=names, default=["product-4"], help="to fine-tune")
+    parser.add_argument("--recipes", nargs="+", choices=names, default=["residual"], help="to fine-tune")
     parser.add_argument("--by-layer", action=argparse.BooleanOptionalAction, default=True, help="do that as well")
-    parser.add_argument("--from-tuned", action="store_true", help="quantize the float network after its fine-tuning")
-    parser.add_argument("--calibration", type=int, default=1_000, help="images that tell which weights matter")
-    parser.add_argument("--batch-size", type=int, default=TuneConfig.batch_size)
     parser.add_argument("--epochs", type=float, default=TuneConfig.epochs)
     parser.add_argument("--learning-rate", type=float, default=TuneConfig.learning_rate)
     parser.add_argument("--distilled", type=float, default=TuneConfig.distilled, help="share of the teacher")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/resnet_pq"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    train = TuneConfig(given.epochs, given.batch_size, given.learning_rate, given.distilled, given.seed)
+    train = TuneConfig(given.epochs, TuneConfig.batch_size, given.learning_rate, given.distilled, given.seed)
     if given.smoke:
         train = dataclasses.replace(train, epochs=1, batch_size=10)
     return Config(
         recipes=tuple(given.recipes),
         by_layer=given.by_layer and not given.smoke,
-        from_tuned=given.from_tuned,
         train=train,
-        calibration=25 if given.smoke else given.calibration,
+        calibration=25 if given.smoke else CALIBRATION,
         validate=given.validate,
         smoke=given.smoke,
         out=given.out,

@@ -60,14 +60,13 @@ def test_every_method_makes_a_layer(method):
         {"dot_general_cls": lambda: jax.lax.dot_general},
         {"promote_dtype": lambda *args, dtype, **kwargs: [jnp.asarray(a, jnp.float16) for a in args]},
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("shape", [(4, 10), (2, 3, 10)])
 def test_dense_arguments(options, shape):
     check_same(*both(linen.Dense(6, method=Symmetric(bits=3), **options), inputs_of(*shape)))
 
 
-@pytest.mark.parametrize("make", [lambda: np.arange(10), lambda: inputs_of(2, 10).astype(jnp.bfloat16)], ids=str)
+@pytest.mark.parametrize("make", [lambda: np.arange(10), lambda: inputs_of(2, 10).astype(jnp.bfloat16)])
 def test_dense_takes_the_inputs_that_flax_takes(make):
     check_same(*both(linen.Dense(6, method=Symmetric(bits=3)), make()))
 

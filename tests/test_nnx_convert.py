@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import DECODERS
 from flax import nnx
 
 import jaxvq
@@ -222,6 +223,22 @@ def test_any_other_module_reads_the_weight(key, x):
     np.testing.assert_allclose(model(x), after, rtol=0.02, atol=0.02)
 
 
+def test_stacked_parameters_of_other_modules_need_a_rule(key):
+    class Own(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jax.random.normal(jax.random.key(1), (3, 12, 12)))
+
+        def __call__(self, x):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, self.w[...])[0]
+
+    model, x = Own(), jnp.ones((2, 12))
+    want = jaxvq.quantize_params({"w": model.w[...]}, Rule("w", FINE, stacked=1), key=key)["w"]
+    before = model(x)
+    jnn.quantize_model(model, Rule("w", FINE, stacked=1), key=key)
+    assert_same(model.w.array, want)
+    np.testing.assert_allclose(model(x), before, atol=0.1)
+
+
 def test_stacked_layers(key):
     model, x = Stack(nnx.Rngs(0), Block, 2), jnp.ones((2, 5, 12)) * jnp.arange(5)[:, None]
     linear = model.blocks.linear.kernel[...]
@@ -251,7 +268,7 @@ def test_stacked_layers(key):
 
 @pytest.mark.parametrize(
     ("training", "method"),
-    [(QuantNoise(0.5), Product(bits=2)), (SoftAssignment(0.05), KMeans(bits=2)), (StraightThrough(), Symmetric(4))],
+    [(QuantNoise(0.5), KMeans(bits=2)), (SoftAssignment(0.05), KMeans(bits=2)), (StraightThrough(), Symmetric(4))],
     ids=str,
 )
 def test_stacked_layers_train(training, method, key):
@@ -302,15 +319,8 @@ def test_layers_made_quantized_under_vmap():
     np.testing.assert_allclose(run(x, layers), outputs, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("method", "decoder"),
-    [
-        (Symmetric(bits=4), (None, None, None)),
-        (Uniform(bits=4, per="channel"), (None, "mlp", None)),
-        (Product(bits=3, dim=4), (None,) * 5),
-    ],
-)
-def test_sharding_annotations(method, decoder, key):
+@pytest.mark.parametrize("method", [Symmetric(bits=4), Uniform(bits=4, per="channel"), Uniform(bits=4, per=1)])
+def test_sharding_annotations(method, key):
     metadata = {"out_sharding": ("embed", "mlp"), "eager_sharding": False}
     layer = nnx.Linear(
         128, 24, kernel_metadata=metadata, bias_metadata=metadata | {"out_sharding": ("mlp",)}, rngs=nnx.Rngs(0)
@@ -318,22 +328,23 @@ def test_sharding_annotations(method, decoder, key):
     layer = jnn.quantize_model(layer, method, key=key)
     spec = nnx.get_partition_spec(nnx.state(layer))
     assert spec["bias"].get_value() == jax.P("mlp")
-    names = {name: variable.get_value() for name, variable in spec["kernel"].items()}
-    assert names.pop("words") == jax.P(None, "mlp", None)
-    assert set(names.values()) == {jax.P(*decoder)}
+    assert spec["kernel"]["words"].get_value() == jax.P(None, "mlp", None)
+    names = {"tensor": (None, None, None), "channel": (None, "mlp", None), 1: ("embed", "mlp", None)}[method.per]
+    assert spec["kernel"]["scale"].get_value() == jax.P(*names)
     jnn.dequantize_model(layer)
     assert layer.kernel.get_metadata("out_sharding") == ("embed", "mlp")
 
 
-def test_subspaces_and_codes_packed_along_out_are_sharded_by_input(key):
-    metadata = {"out_sharding": ("embed",), "eager_sharding": False}
-    layer = nnx.Linear(6, 64, kernel_metadata=metadata, rngs=nnx.Rngs(0))
-    jnn.quantize_model(layer, Product(bits=4, dim=1, codebooks="subspace"), key=key)
+def test_vectors_and_codes_packed_along_out_have_names_where_axes_are_whole(key):
+    metadata = {"out_sharding": jax.P("embed"), "eager_sharding": False}
+    layer = jnn.quantize_model(nnx.Linear(6, 64, kernel_metadata=metadata, rngs=nnx.Rngs(0)), Symmetric(4), key=key)
     assert layer.kernel.template.codes.axis == 1
     assert layer.kernel.words.get_metadata("out_sharding") == ("embed", None, None)
-    assert layer.kernel.vectors.get_metadata("out_sharding") == ("embed", None, None, None, None)
     jnn.dequantize_model(layer)
     assert layer.kernel.get_metadata("out_sharding") == ("embed", None)
+    subspaces = jnn.Quantized(DECODERS["product, per subspace"], metadata | {"out_sharding": ("embed", "mlp")})
+    assert subspaces.words.get_metadata("out_sharding") == (None, "mlp", None)
+    assert subspaces.vectors.get_metadata("out_sharding") == (None,) * 5  # six subspaces, 24 inputs
 
 
 def test_annotated_arrays_are_sharded_in_a_mesh(key):
@@ -462,11 +473,10 @@ def test_orbax_restores_exactly(tmp_path, x, key):
     orbax = pytest.importorskip("orbax.checkpoint")
 
     def make(seed):
-        model = Network(nnx.Rngs(seed))
-        model.layers = nnx.List([model.layers[0]])
-        jnn.quantize_model(model, Rule("layers.*kernel", Uniform(bits=3)), key=key)
-        settings = {"training": StraightThrough(learned_step=True), "act_bits": 4, "act_momentum": 0.9}
-        jnn.quantize_model(model, Symmetric(bits=4), key=key, **settings)
+        settings = {"training": QuantNoise(0.5), "act_bits": 4, "act_momentum": 0.9}
+        codes = jnn.Linear(12, 12, use_bias=False, method=Uniform(bits=3), rngs=nnx.Rngs(seed))
+        floats = jnn.Linear(12, 6, use_bias=False, method=Symmetric(bits=4), **settings, rngs=nnx.Rngs(seed))
+        model = nnx.Sequential(codes, floats)
         return model, nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
 
     @nnx.jit

@@ -43,6 +43,11 @@ class Weight(nnx.Module):
         return len(self.shape)
 
     @property
+    def size(self) -> int:
+        """Values in the weight."""
+        return math.prod(self.shape)
+
+    @property
     def value(self) -> Float[Array, "..."]:
         """The weight as an array."""
         return self.get_value()
