@@ -16,6 +16,7 @@ import statistics
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -30,6 +31,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import jaxvq
+import jaxvq.linen
 from jaxvq.array import QuantizedArray
 from jaxvq.methods import AbstractMethod
 
@@ -104,8 +106,8 @@ class Trainer:
         trainable, frozen = jaxvq.partition(params)
 
         def loss(trainable: Params, x: jax.Array) -> jax.Array:
-            weights = jaxvq.dequantize_params(jaxvq.combine(trainable, frozen))
-            return jnp.mean((x @ weights["kernel"] + weights["bias"] - target) ** 2)
+            variables = jaxvq.linen.to_variables(jaxvq.combine(trainable, frozen))
+            return jnp.mean((jaxvq.linen.apply(nn.Dense(target.shape[-1]), variables, x) - target) ** 2)
 
         value, (gradient, x_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(trainable, x)
         updates, state = self.optimizer.update(gradient, state, trainable)
@@ -225,8 +227,10 @@ def draw(rows: list[dict[str, Any]], config: Config) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_xlim(0, 1.15 * max(config.most, *(row["ratio"] for row in rows)))
     panels[0].invert_yaxis()
+    most = max(row["ratio"] for row in rows)
     figure.suptitle(
-        f"Training a {config.width} x {config.width} layer at batch {config.batch}: codebooks against float",
+        f"A {config.width} x {config.width} layer trains its codebook in at most {most:.2f} times a float step, "
+        f"batch {config.batch}",
         x=0.01,
         ha="left",
     )

@@ -138,8 +138,7 @@ class Study:
     def accuracy(self, variables: Variables) -> float:
         """The fraction of test images that a network gets right, computed in float32 whatever it is stored in."""
         exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jaxvq.dequantize_params(variables))
-        model: Any = self.model
-        return accuracy(model, exact, self.dataset)
+        return accuracy(self.model, exact, self.dataset)
 
     def quantized(self, spec: Spec, *, importance: bool) -> Variables:
         """The network as `spec` says, not trained."""

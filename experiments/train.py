@@ -153,7 +153,7 @@ def _step(
     return optax.apply_updates(trainable, changes), statistics, state
 
 
-def accuracy(model: ConvNet, variables: Variables, dataset: Dataset) -> float:
+def accuracy(model: nn.Module, variables: Variables, dataset: Dataset) -> float:
     """The fraction of test images that the network gets right.
 
     The variables are arguments of the compiled program, so that every variant of a network uses the same one.
@@ -174,7 +174,7 @@ def _test_batches(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count_correct(
-    model: ConvNet, variables: Variables, images: Float[Array, "b height width c"], labels: Int[Array, " b"]
+    model: nn.Module, variables: Variables, images: Float[Array, "b height width c"], labels: Int[Array, " b"]
 ) -> Int[Array, ""]:
     logits: Any = model.apply(variables, images, train=False)
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)

@@ -57,7 +57,7 @@ class Config:
     block: int = 4
     crop: int | None = None
     language: LanguageConfig = dataclasses.field(default_factory=LanguageConfig)
-    embedding_bits: tuple[int, ...] = (2, 4, 6, 8)
+    embedding_bits: tuple[int, ...] = (4, 6, 8, 10)
     text: pathlib.Path | None = None
     seed: int = 0
 
@@ -206,10 +206,8 @@ def compress_embeddings(config: Config) -> dict[str, Any]:
     params = train_model(words, config.language, seed=config.seed, progress=_track("training a transformer"))
     rows = [{"method": "float32", "nbytes": params["embedding"].nbytes, "bits_per_weight": 32.0}]
     rows[0]["perplexity"] = perplexity(params, words, config.language)
-    methods = [
-        Product(bits=bits, dim=4, codebooks="subspace", codebook_dtype="bfloat16") for bits in config.embedding_bits
-    ]
-    for method in (*methods, KMeans(bits=2), KMeans(bits=4)):
+    methods = [Product(bits=bits, dim=4, codebook_dtype="bfloat16") for bits in config.embedding_bits]
+    for method in (*methods, KMeans(bits=2), KMeans(bits=3), KMeans(bits=4)):
         small = jaxvq.quantize_params(params, jaxvq.Rule("embedding", method), key=jax.random.key(config.seed))
         table = small["embedding"]
         row = {"method": str(method), "nbytes": table.nbytes, "bits_per_weight": table.bits_per_weight}
@@ -368,9 +366,7 @@ def draw_embeddings(found: dict[str, Any]) -> matplotlib.figure.Figure:
     exact = rows[0]["perplexity"]
     for kind, colour in (("Product", "tab:blue"), ("KMeans", "tab:red")):
         points = [(row["bits_per_weight"], row["perplexity"]) for row in rows if row["method"].startswith(kind)]
-        label = {"Product": "product quantization, d = 4, a codebook per subspace", "KMeans": "palette for the table"}[
-            kind
-        ]
+        label = {"Product": "product quantization, d = 4, one codebook", "KMeans": "palette for the table"}[kind]
         axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=label)
     axes.axhline(exact, color="black", linestyle=":", label=f"float32: {exact:.2f}")
     near = min(
@@ -381,7 +377,7 @@ def draw_embeddings(found: dict[str, Any]) -> matplotlib.figure.Figure:
         f"The embedding table of a small transformer, {found['shape'][0]} x {found['shape'][1]}:\n"
         f"{32 / near['bits_per_weight']:.1f} times smaller at {more:.1%} more perplexity"
     )
-    axes.set(xlabel="bits per weight, codebooks counted", ylabel="perplexity on held-out text (words)")
+    axes.set(xlabel="bits per weight, codebooks counted", ylabel="perplexity on held-out text (words)", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure

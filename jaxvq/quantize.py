@@ -92,17 +92,22 @@ def quantize_leaf(
         check_finite(weights, f"{entry.path}: the importance")
         _check_not_negative(weights, entry.path)
     own_key = path_key(key, entry.path)
-    if entry.stacked == 0:
-        return method.fit(weight, layout, key=own_key, weights=weights)
-    count = math.prod(entry.shape[: entry.stacked])
-    keys = jax.vmap(lambda index: jax.random.fold_in(own_key, index))(jnp.arange(count))
+    stack = entry.shape[: entry.stacked]
     return over_stack(
         lambda one, mass, one_key: method.fit(one, layout, key=one_key, weights=mass),
-        entry.shape[: entry.stacked],
+        stack,
         weight,
         weights,
-        keys.reshape(*entry.shape[: entry.stacked], *keys.shape[1:]),
+        stack_keys(own_key, stack),
     )
+
+
+def stack_keys(key: Array, stack: tuple[int, ...]) -> Array:
+    """A key for each of stacked layers, or `key` itself for a single one."""
+    if not stack:
+        return key
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(math.prod(stack)))
+    return keys.reshape(*stack, *keys.shape[1:])
 
 
 def over_stack(function: Callable[..., Any], stack: tuple[int, ...], *trees: Any) -> Any:

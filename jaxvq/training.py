@@ -18,7 +18,8 @@ from jaxvq import _fit
 from jaxvq._numerics import safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
 from jaxvq.layout import Layout
-from jaxvq.methods import AbstractMethod, KMeans, Symmetric, Uniform, blocks_of
+from jaxvq.methods import AFFINE_BITS, AbstractMethod, KMeans, Symmetric, Uniform, blocks_of
+from jaxvq.quantize import over_stack, stack_keys
 from jaxvq.scalar import fake_quant
 
 Arrays = dict[str, Array]
@@ -259,6 +260,45 @@ class QuantNoise(AbstractTraining):
 
     def _rounded(self, latent: Array, method: Any, layout: Layout) -> Float[Array, "..."]:
         return _rounded(latent, lax.stop_gradient(method.decoder(latent, layout)), method.bits, layout)
+
+
+def harden_layers(
+    training: AbstractTraining,
+    latent: Float[Array, "..."],
+    extra: tuple[Arrays, Arrays],
+    method: AbstractMethod,
+    layout: Layout,
+    *,
+    key: Array,
+) -> QuantizedArray:
+    """`training.harden`, of each layer by itself where `latent` stacks several along leading axes."""
+
+    def one(latent: Array, extra: tuple[Arrays, Arrays], own_key: Array) -> QuantizedArray:
+        return training.harden(latent, extra, method, layout, key=own_key)
+
+    stack = latent.shape[: latent.ndim - len(layout.shape)]
+    return over_stack(one, stack, latent, extra, stack_keys(key, stack))
+
+
+def check_layer(method: Any, training: Any, act_bits: Any, act_momentum: Any) -> None:
+    """Refuses settings of a layer that are none or do not go together."""
+    if method is not None and not isinstance(method, AbstractMethod):
+        raise TypeError(f"`method` must be a method such as KMeans(bits=4) or None, got {method!r}")
+    if training is not None and not isinstance(training, AbstractTraining):
+        raise TypeError(f"`training` must be a way to train such as StraightThrough() or None, got {training!r}")
+    if training is not None:
+        if method is None:
+            raise ValueError(
+                f"`training` must come with a `method`, got {training} alone; add for example method=Symmetric(bits=4)"
+            )
+        training.check(method)
+    whole = isinstance(act_bits, int) and not isinstance(act_bits, bool)
+    if act_bits is not None and not (whole and 1 <= act_bits <= AFFINE_BITS):
+        raise ValueError(f"`act_bits` must be a whole number from 1 to {AFFINE_BITS}, got {act_bits!r}; use 8 or 4")
+    if act_momentum is not None and act_bits is None:
+        raise ValueError(f"`act_momentum` must come with `act_bits`, got {act_momentum!r} alone; add act_bits=8")
+    if act_momentum is not None and not 0 <= act_momentum < 1:
+        raise ValueError(f"`act_momentum` must be at least 0 and below 1, got {act_momentum!r}; use 0.99")
 
 
 def _rounded(latent: Float[Array, "..."], decoder: Affine, bits: int, layout: Layout) -> Float[Array, "..."]:

@@ -1,9 +1,15 @@
-"""What the tests share: explicit seeds."""
+"""What the tests share: explicit seeds, and a compiler that is quick rather than thorough."""
+
+import os
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+# Most of the time of the tests goes into compiling small programs. This leaves out the optimization of machine code,
+# not that of the programs; the flags are read when the first array is made.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from jaxtyping import Array
 from jaxvq.array import is_quantized, partition
 from jaxvq.layout import Layout
 from jaxvq.linen.variables import Latent, Whole, join_halves, with_names
-from jaxvq.methods import AFFINE_BITS, AbstractMethod
+from jaxvq.methods import AbstractMethod
 from jaxvq.ops.matmul import matmul
 from jaxvq.ops.take import take
 from jaxvq.scalar import fake_quant_range, range_of, track_range
-from jaxvq.training import AbstractTraining
+from jaxvq.training import AbstractTraining, check_layer
 
 
 class _Quantized(nn.Module):
@@ -31,7 +31,7 @@ class _Quantized(nn.Module):
     __no_type_check__ = True  # of the fields: some of Flax's have types that cannot be checked at run time
 
     def __post_init__(self) -> None:
-        _check_options(self.method, self.training, self.act_bits, self.act_momentum)
+        check_layer(self.method, self.training, self.act_bits, self.act_momentum)
         super().__post_init__()
 
     @nn.compact
@@ -263,23 +263,3 @@ def _bare(method: Any) -> Any:
 
 def _decoded(weight: Any) -> Array:
     return weight.dequantize() if is_quantized(weight) else weight
-
-
-def _check_options(method: Any, training: Any, act_bits: Any, act_momentum: Any) -> None:
-    if method is not None and not isinstance(method, AbstractMethod):
-        raise TypeError(f"`method` must be a method such as KMeans(bits=4) or None, got {method!r}")
-    if training is not None and not isinstance(training, AbstractTraining):
-        raise TypeError(f"`training` must be a way to train such as StraightThrough() or None, got {training!r}")
-    if training is not None:
-        if method is None:
-            raise ValueError(
-                f"`training` must come with a `method`, got {training} alone; add for example method=Symmetric(bits=4)"
-            )
-        training.check(method)
-    whole = isinstance(act_bits, int) and not isinstance(act_bits, bool)
-    if act_bits is not None and not (whole and 1 <= act_bits <= AFFINE_BITS):
-        raise ValueError(f"`act_bits` must be a whole number from 1 to {AFFINE_BITS}, got {act_bits!r}; use 8 or 4")
-    if act_momentum is not None and act_bits is None:
-        raise ValueError(f"`act_momentum` must come with `act_bits`, got {act_momentum!r} alone; add act_bits=8")
-    if act_momentum is not None and not 0 <= act_momentum < 1:
-        raise ValueError(f"`act_momentum` must be at least 0 and below 1, got {act_momentum!r}; use 0.99")

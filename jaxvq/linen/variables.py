@@ -14,8 +14,8 @@ from jaxvq._pytree import key_name, path_key, path_str, pytree_dataclass, static
 from jaxvq.array import QuantizedArray, combine, is_quantized, partition
 from jaxvq.layout import Layout
 from jaxvq.methods import AbstractMethod
-from jaxvq.quantize import check_finite, check_key, dequantize_params, over_stack
-from jaxvq.training import AbstractTraining
+from jaxvq.quantize import check_finite, check_key, dequantize_params
+from jaxvq.training import AbstractTraining, harden_layers
 
 
 def to_variables(params: Any) -> dict[str, Any]:
@@ -235,13 +235,8 @@ class Latent(Box):
             return self.weight
         training, method, layout = self.recipe
         check_finite(self.weight, f"{path}: the weight")
-        stack, own_key = self.weight.shape[: self.weight.ndim - len(layout.shape)], path_key(key, path)
-
-        def one(weight: Array, extra: tuple[Any, Any], key: Array) -> QuantizedArray:
-            return training.harden(weight, extra, method, layout, key=key)
-
-        keys = jax.random.split(own_key, stack) if stack else own_key
-        return over_stack(one, stack, self.weight, (self.learned, self.state), keys)
+        extra = self.learned, self.state
+        return harden_layers(training, self.weight, extra, method, layout, key=path_key(key, path))
 
 
 def join_halves(path: str, trainable: Any, frozen: Any) -> QuantizedArray:

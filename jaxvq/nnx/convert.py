@@ -13,12 +13,12 @@ from jaxtyping import Array
 from jaxvq._pytree import path_key, path_str
 from jaxvq.array import is_quantized
 from jaxvq.methods import AbstractMethod
-from jaxvq.nnx.layers import Layer, adopt, check_options, out_axis, release, round_inputs, weight_rank
+from jaxvq.nnx.layers import Layer, adopt, out_axis, release, round_inputs, weight_rank
 from jaxvq.nnx.weights import Latent, Quantized, Weight, annotations_of
 from jaxvq.quantize import Progress, check_finite, check_key, quantize_params
 from jaxvq.spec import Rule, Spec, as_spec, resolve
 from jaxvq.stats import LayerStats
-from jaxvq.training import AbstractTraining
+from jaxvq.training import AbstractTraining, check_layer
 
 REBUILD = "build the model as it was when the tree was made"
 TRANSIENT = (nnx.RngState, nnx.Intermediate, nnx.Cache)
@@ -70,7 +70,7 @@ def quantize_model(
       (1, 32)
     """
     check_key(key)
-    check_options(None, None, act_bits, act_momentum)
+    check_layer(None, None, act_bits, act_momentum)
     if training is not None and not isinstance(training, AbstractTraining):
         raise TypeError(f"`training` must be a way to train such as StraightThrough() or None, got {training!r}")
     if training is not None and stats is not None:

@@ -8,12 +8,12 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxvq.methods import AFFINE_BITS, AbstractMethod
+from jaxvq.methods import AbstractMethod
 from jaxvq.nnx.weights import Latent, Quantized, TrainingState, annotations_of
 from jaxvq.ops.matmul import matmul
 from jaxvq.ops.take import take
 from jaxvq.scalar import fake_quant_range, range_of, track_range
-from jaxvq.training import AbstractTraining, QuantNoise
+from jaxvq.training import AbstractTraining, QuantNoise, check_layer
 
 
 class Layer(nnx.Module):
@@ -34,7 +34,7 @@ class Layer(nnx.Module):
         act_momentum: float | None = None,
         **kwargs: Any,
     ) -> None:
-        check_options(method, training, act_bits, act_momentum)
+        check_layer(method, training, act_bits, act_momentum)
         super().__init__(*args, rngs=rngs, **kwargs)  # type: ignore[call-arg]
         if act_bits is not None:
             round_inputs(self, act_bits, act_momentum)
@@ -212,22 +212,3 @@ def out_axis(layer: Any) -> int:
     if isinstance(layer, nnx.Embed):
         return 0
     return -2 if isinstance(layer, nnx.ConvTranspose) and layer.transpose_kernel else -1
-
-
-def check_options(method: Any, training: Any, act_bits: Any, act_momentum: Any) -> None:
-    """Refuses arguments of a layer that are none or do not go together."""
-    if method is not None and not isinstance(method, AbstractMethod):
-        raise TypeError(f"`method` must be a method such as KMeans(bits=4) or None, got {method!r}")
-    if training is not None and not isinstance(training, AbstractTraining):
-        raise TypeError(f"`training` must be a way to train such as StraightThrough() or None, got {training!r}")
-    if training is not None:
-        if method is None:
-            raise ValueError(f"`training` must come with a `method`, got {training} alone; add method=KMeans(bits=4)")
-        training.check(method)
-    whole = isinstance(act_bits, int) and not isinstance(act_bits, bool)
-    if act_bits is not None and not (whole and 1 <= act_bits <= AFFINE_BITS):
-        raise ValueError(f"`act_bits` must be a whole number from 1 to {AFFINE_BITS}, got {act_bits!r}; use 8 or 4")
-    if act_momentum is not None and act_bits is None:
-        raise ValueError(f"`act_momentum` must come with `act_bits`, got {act_momentum!r} alone; add act_bits=8")
-    if act_momentum is not None and not 0 <= act_momentum < 1:
-        raise ValueError(f"`act_momentum` must be at least 0 and below 1, got {act_momentum!r}; use 0.99")

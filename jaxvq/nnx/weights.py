@@ -15,7 +15,7 @@ from jaxvq.array import QuantizedArray
 from jaxvq.layout import Layout
 from jaxvq.methods import AbstractMethod
 from jaxvq.quantize import over_stack
-from jaxvq.training import AbstractTraining, QuantNoise
+from jaxvq.training import AbstractTraining, QuantNoise, harden_layers
 
 OPERATORS = ("neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul", "rmatmul")
 SHARDING = ("out_sharding", "mesh", "sharding_rules", "eager_sharding")
@@ -206,16 +206,8 @@ class Latent(Weight):
 
     def harden(self, key: Array) -> QuantizedArray:
         """The quantized weight that it has become."""
-        stack = self._stack
-        keys = key
-        if stack:
-            keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(math.prod(stack)))
-            keys = keys.reshape(*stack, *keys.shape[1:])
-
-        def one(latent: Array, extra: Any, own_key: Array) -> QuantizedArray:
-            return self.training.harden(latent, extra, self.method, self.layout, key=own_key)
-
-        return over_stack(one, stack, self.weight.get_value(), self._extra(), keys)
+        latent = self.weight.get_value()
+        return harden_layers(self.training, latent, self._extra(), self.method, self.layout, key=key)
 
     def _extra(self) -> tuple[dict[str, Array], dict[str, Array]]:
         learned, state = ({name: v.get_value() for name, v in kind.items()} for kind in (self.learned, self.state))
