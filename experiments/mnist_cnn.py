@@ -218,14 +218,17 @@ def draw(found: dict[str, Any]) -> matplotlib.figure.Figure:
     for name, colour in colours.items():
         points = np.array([found["exercise"][k][name] for k in values])
         dashes = ":" if name == FREE else "-"
-        right.errorbar(range(len(values)), *points.T, fmt=f"o{dashes}", color=colour, capsize=4, label=name)
+        wrong = 100 - points[:, 0]
+        right.errorbar(range(len(values)), wrong, points[:, 1], fmt=f"o{dashes}", color=colour, capsize=4, label=name)
     sizes = [f"{k} values\n{found['exercise'][k]['nbytes'] / 1000:.0f} kB" for k in values]
     right.set_xticks(range(len(values)), sizes)
     full = found["exercise"][values[0]]["nbytes_free"]
     right.set(title=f"trained on after quantization (float: {full / 1000:.0f} kB)", xlabel="per tensor, and size")
-    few = found["exercise"][values[0]]
+    right.set(ylabel="wrong, %", yscale="log")
+    middle = values[len(values) // 2]
+    few = found["exercise"][middle]
     figure.suptitle(
-        f"With {values[0]} values a tensor {few[BEFORE][0]:.1f}% are right; training the values alone brings back "
+        f"With {middle} values a tensor {few[BEFORE][0]:.1f}% are right; training the values alone makes it "
         f"{few[SHARED][0]:.1f}% in the same {few['nbytes'] / 1000:.0f} kB"
     )
     for axes in (left, right):

@@ -235,7 +235,7 @@ class Latent(Box):
             return self.weight
         training, method, layout = self.recipe
         check_finite(self.weight, f"{path}: the weight")
-        extra = self.learned, self.state
+        extra = dict(self.learned), dict(self.state)
         return harden_layers(training, self.weight, extra, method, layout, key=path_key(key, path))
 
 
