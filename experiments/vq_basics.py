@@ -164,13 +164,13 @@ def compress_image(image: UInt8[np.ndarray, "height width 3"], entries: int, con
     small = jaxvq.quantize_params(tree, jaxvq.Rule("blocks", method, out_axis=0), key=jax.random.key(config.seed))
     back = from_blocks(np.asarray(small["blocks"].dequantize()) + 128, image.shape, config.block)
     back = np.clip(np.round(back), 0, 255).astype(np.uint8)
+    return {"entries": entries, "image": back, "psnr_db": psnr_db(image, back), "nbytes": small["blocks"].nbytes}
+
+
+def psnr_db(image: UInt8[np.ndarray, "height width c"], back: UInt8[np.ndarray, "height width c"]) -> float:
+    """The peak signal-to-noise ratio of what came back, in decibels; infinite if nothing changed."""
     error = np.mean((back.astype(float) - image) ** 2)
-    return {
-        "entries": entries,
-        "image": back,
-        "psnr_db": 10 * np.log10(255**2 / error),
-        "nbytes": small["blocks"].nbytes,
-    }
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def to_blocks(image: Float[np.ndarray, "height width c"], side: int) -> Float[np.ndarray, "blocks values"]:
@@ -195,8 +195,7 @@ def jpeg_sizes(image: UInt8[np.ndarray, "height width 3"]) -> list[tuple[int, fl
     for quality in (5, 10, 20, 40, 70):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "jpeg", quality=quality)
-        error = np.mean((np.asarray(Image.open(file), float) - image) ** 2)
-        sizes.append((file.tell(), float(10 * np.log10(255**2 / error))))
+        sizes.append((file.tell(), psnr_db(image, np.asarray(Image.open(file)))))
     return sizes
 
 
@@ -293,8 +292,9 @@ def draw_lookup(tables: dict[str, Any]) -> matplotlib.figure.Figure:
             decoded = [centroids[table["published_codes"][i]] for i in wrong]
             axes.plot(wrong, decoded, "x", color="tab:red", markersize=10, label="published code, not the nearest")
         axes.set(title=name, xlabel="which value", ylabel="value", xticks=range(len(values)))
-        axes.set_xlim(-0.5, len(values) + 0.6)
-        axes.legend(loc="lower left" if name == "weights" else "lower center", fontsize="small")
+        axes.set_xlim(-0.5, len(values) + 0.9)
+        axes.margins(y=0.12)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -353,6 +353,8 @@ def draw_image(
         [size / 1000 for size, _ in jpeg], [psnr for _, psnr in jpeg], "s--", color="grey", label="JPEG, for comparison"
     )
     axes.set(xlabel="size (kB, codes and codebook)", ylabel="peak signal-to-noise ratio (dB)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     return figure
@@ -378,6 +380,8 @@ def draw_embeddings(found: dict[str, Any]) -> matplotlib.figure.Figure:
         f"{32 / near['bits_per_weight']:.1f} times smaller at {more:.1%} more perplexity"
     )
     axes.set(xlabel="bits per weight, codebooks counted", ylabel="perplexity on held-out text (words)", yscale="log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
