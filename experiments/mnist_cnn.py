@@ -250,7 +250,7 @@ def parse(arguments: Sequence[str]) -> Config:
     train = TrainConfig(epochs=5, batch_size=100, learning_rate=1e-3, decay=False, l1=1e-3, conv_bias=True)
     if chosen.smoke:
         small = dataclasses.replace(train, channels=(8, 8, 8), hidden=16, epochs=1)
-        return Config("digits", small, 1, (2,), 1, chosen.out)
+        return Config("digits", small, 1, (8,), 1, chosen.out)
     return Config(chosen.dataset, train, 2, (2, 4, 8), chosen.seeds, chosen.out)
 
 

@@ -45,6 +45,7 @@ class Config:
       crop: side of the square cut from the image; None for all of it.
       language: the transformer whose embeddings are compressed, and its training.
       embedding_bits: bits per code of its product quantization.
+      palette_bits: bits per code of its palettes.
       text: a file to train on; None for Python's own documentation.
       seed: of everything random.
     """
@@ -58,6 +59,7 @@ class Config:
     crop: int | None = None
     language: LanguageConfig = dataclasses.field(default_factory=LanguageConfig)
     embedding_bits: tuple[int, ...] = (4, 6, 8, 10)
+    palette_bits: tuple[int, ...] = (2, 3, 4)
     text: pathlib.Path | None = None
     seed: int = 0
 
@@ -206,7 +208,7 @@ def compress_embeddings(config: Config) -> dict[str, Any]:
     rows = [{"method": "float32", "nbytes": params["embedding"].nbytes, "bits_per_weight": 32.0}]
     rows[0]["perplexity"] = perplexity(params, words, config.language)
     methods = [Product(bits=bits, dim=4, codebook_dtype="bfloat16") for bits in config.embedding_bits]
-    for method in (*methods, KMeans(bits=2), KMeans(bits=3), KMeans(bits=4)):
+    for method in (*methods, *(KMeans(bits=bits) for bits in config.palette_bits)):
         small = jaxvq.quantize_params(params, jaxvq.Rule("embedding", method), key=jax.random.key(config.seed))
         table = small["embedding"]
         row = {"method": str(method), "nbytes": table.nbytes, "bits_per_weight": table.bits_per_weight}
@@ -404,10 +406,11 @@ def parse(arguments: Sequence[str]) -> Config:
         observations=300,
         entries=4,
         steps=50,
-        image_entries=(4, 16),
+        image_entries=(4,),
         crop=64,
         language=language,
-        embedding_bits=(2, 3),
+        embedding_bits=(2,),
+        palette_bits=(2,),
         text=chosen.text,
     )
 
