@@ -214,18 +214,14 @@ def _step(
         if teacher is not None:
             answers: Any = tuner.model.apply(teacher, images, train=False)
             share = tuner.config.distilled
-            value = (1 - share) * value + share * _imitation(logits, answers)
+            value = (1 - share) * value + share * jaxvq.distillation_loss(
+                logits, answers, temperature=TEMPERATURE
+            ).mean()
         return value, updates["batch_stats"]
 
     gradients, statistics = jax.grad(loss, has_aux=True)(trainable)
     changes, state = tuner.optimizer.update(gradients, state, trainable)
     return optax.apply_updates(trainable, changes), statistics, state
-
-
-def _imitation(logits: Float[Array, "b n"], answers: Float[Array, "b n"]) -> Float[Array, ""]:
-    """Cross-entropy against softened answers, times the squared temperature: gradients as large as those of labels."""
-    wanted = jax.nn.softmax(answers / TEMPERATURE)
-    return TEMPERATURE**2 * optax.softmax_cross_entropy(logits / TEMPERATURE, wanted).mean()
 
 
 def sensitivity(

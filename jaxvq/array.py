@@ -219,6 +219,11 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedArray)
 
 
+def as_floats(weight: QuantizedArray | Shaped[Array, "..."], dtype: Any) -> Shaped[Array, "..."]:
+    """A weight, quantized or not, as an array of `dtype`."""
+    return (weight.dequantize() if isinstance(weight, QuantizedArray) else weight).astype(dtype)
+
+
 def partition(tree: Any) -> tuple[Any, Any]:
     """Splits a tree into what trains and what does not; the holes are None.
 

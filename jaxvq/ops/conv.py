@@ -5,7 +5,7 @@ from typing import Any
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxvq.array import QuantizedArray
+from jaxvq.array import QuantizedArray, as_floats
 
 
 def conv(
@@ -25,7 +25,7 @@ def conv(
       >>> conv(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).shape
       (1, 8, 8, 32)
     """
-    return lax.conv_general_dilated(x, _decoded(kernel, x), window_strides, padding, **options)
+    return lax.conv_general_dilated(x, as_floats(kernel, x.dtype), window_strides, padding, **options)
 
 
 def conv_transpose(
@@ -44,9 +44,4 @@ def conv_transpose(
       >>> conv_transpose(jnp.ones((1, 8, 8, 16)), kernel, (2, 2), "SAME").shape
       (1, 16, 16, 32)
     """
-    return lax.conv_transpose(x, _decoded(kernel, x), strides, padding, **options)
-
-
-def _decoded(kernel: QuantizedArray | Shaped[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    weight = kernel.dequantize() if isinstance(kernel, QuantizedArray) else kernel
-    return weight.astype(x.dtype)
+    return lax.conv_transpose(x, as_floats(kernel, x.dtype), strides, padding, **options)

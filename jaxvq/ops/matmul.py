@@ -3,7 +3,7 @@
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxvq.array import QuantizedArray
+from jaxvq.array import QuantizedArray, as_floats
 
 
 def matmul(
@@ -41,6 +41,4 @@ def matmul(
             f"`w` must be {form} for `x` of shape [..., a] = {x.shape}, got {w.shape}; "
             "stacked layers go through jax.vmap or jax.lax.scan, other weights through w.dequantize()"
         )
-    weight = w.dequantize() if isinstance(w, QuantizedArray) else w
-    weight = weight.astype(x.dtype)
-    return lax.dot_general(x, weight, (((x.ndim - 1,), (axis,)), ((), ())), precision=precision)
+    return lax.dot_general(x, as_floats(w, x.dtype), (((x.ndim - 1,), (axis,)), ((), ())), precision=precision)
