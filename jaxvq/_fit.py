@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Integer, Shaped
 from jaxvq._numerics import as_storage, from_storage, safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
 from jaxvq.bits import pack, zero_codes
-from jaxvq.cluster.buckets import bucket, map_problems, pad_problems
+from jaxvq.cluster.buckets import bucket, pad_problems
+from jaxvq.cluster.palettes import fit_palettes
 from jaxvq.cluster.product import fit_product
 from jaxvq.cluster.residual import encode_residual, fit_residual
-from jaxvq.cluster.scalar import grid_size, kmeans1d, nearest1d, thin
+from jaxvq.cluster.scalar import nearest1d, thin
 from jaxvq.layout import Layout
 from jaxvq.ops.nearest import nearest
 
@@ -33,7 +34,6 @@ LEAST_IMPORTANCE = 1e-6
 SAMPLE_BLOCKS = 2**18
 SAMPLE_BLOCKS_PER_ENTRY = 2**8
 SAMPLE_BLOCKS_MOST = 2**21  # three values each, which float32 can still count
-COSTS_AT_ONCE = 2**21
 
 
 def code_bits(k: int) -> int:
@@ -299,8 +299,9 @@ def _block_extremes(
 def _column_palettes(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks, k: int
 ) -> Float[Array, "g_blocks out_blocks 1 k 1"]:
-    points, mass = _palette_problems(weight, weights, layout=layout, blocks=blocks)
-    return fit_palettes(points, mass, blocks[0] * blocks[1], k=k)[: blocks[0] * blocks[1]].reshape(*blocks, 1, k, 1)
+    problems = blocks[0] * blocks[1]
+    points, mass, count = _palette_problems(weight, weights, layout=layout, blocks=blocks)
+    return fit_palettes(points, k, weights=mass, problems=problems, count=count)[:problems].reshape(*blocks, 1, k, 1)
 
 
 def _whole_palette(
@@ -312,26 +313,39 @@ def _whole_palette(
         _sample(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, block=block)
         for start, columns, slab in _slabs(layout)
     ]
-    points, mass = pad_problems(*(jnp.concatenate(parts)[None] for parts in zip(*samples, strict=True)))
-    return fit_palettes(points, mass, 1, k=k).reshape(1, 1, 1, k, 1)
+    points = jnp.concatenate([values for values, _ in samples])[None]
+    mass = None if samples[0][1] is None else jnp.concatenate([mass for _, mass in samples])[None]
+    padded, padded_mass = pad_problems(points, mass)
+    codebook = fit_palettes(padded, k, weights=padded_mass, problems=1, count=points.shape[1])
+    return codebook.reshape(1, 1, 1, k, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "block"))
 def _sample(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, block: int
-) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
+) -> tuple[Float[Array, " s"], Float[Array, " s"] | None]:
     values, mass = (rows[0] for rows in block_values(weight, weights, layout, (1, 1)))
-    return (values, mass) if block == 1 else thin(values, mass, block)
+    if block > 1:
+        return thin(values, mass, block)
+    return values, None if _counts_all(weights, layout) else mass
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "blocks"))
 def _palette_problems(
     weight: Float[Array, "..."], weights: Float[Array, "..."] | None, *, layout: Layout, blocks: Blocks
-) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
+) -> tuple[Float[Array, "p n"], Float[Array, "p n"] | None, Integer[Array, ""]]:
+    """The values to cluster, their importance where they do not all count 1, and how many of them are no padding."""
     values, mass = block_values(weight, weights, layout, blocks)
-    if values.shape[1] > SAMPLE_ABOVE:
+    thinned = values.shape[1] > SAMPLE_ABOVE
+    if thinned:
         values, mass = jax.vmap(functools.partial(thin, block=-(-values.shape[1] // SAMPLE_BLOCKS)))(values, mass)
-    return pad_problems(values, mass)
+    points, mass = pad_problems(values, None if _counts_all(weights, layout) and not thinned else mass)
+    return points, mass, jnp.int32(values.shape[1])
+
+
+def _counts_all(weights: Float[Array, "..."] | None, layout: Layout) -> bool:
+    """Whether every value of every block counts 1."""
+    return weights is None and layout.pad == 0
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "subspaces", "k"))
@@ -365,15 +379,6 @@ def _vector_problems(
         return from_storage(padded, values.dtype)
 
     return problems(weight), None if weights is None else problems(weights), jnp.int32(count)
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def fit_palettes(
-    points: Float[Array, "p n"], mass: Float[Array, "p n"], count: Integer[Array, ""] | int, *, k: int
-) -> Float[Array, "p k"]:
-    """The optimal codebooks of the first `count` problems: the one program that `KMeans` compiles per bucket."""
-    at_once = max(1, COSTS_AT_ONCE // grid_size(points.shape[1], k) ** 2)
-    return map_problems(lambda x, w: kmeans1d(x, k, weights=w), jnp.asarray(count, jnp.int32), at_once, points, mass)
 
 
 def block_values(

@@ -35,6 +35,16 @@ def running_sum(values: Float[Array, "*rows n"]) -> Float[Array, "*rows n1"]:
     return jnp.concatenate([sums[..., :n], before[..., -1:]], axis=-1)
 
 
+def scale_up_to(largest: Float[Array, "*shape"], exponent: int) -> Float[Array, "*shape"]:
+    """The power of two that takes `largest` to at most `2**exponent`; 1 or so for 0.
+
+    Made from its bits: `exp2` and `log2` are only nearly exact, and multiplying by anything but a power of two rounds.
+    """
+    above = lax.bitcast_convert_type(largest, jnp.int32) // 2**23 - 126  # largest < 2**above
+    power = jnp.clip(exponent - jnp.where(largest > 0, above, 0), -126, 126)
+    return lax.bitcast_convert_type((power + 127) * 2**23, jnp.float32)
+
+
 def as_storage(values: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """16-bit floats as the integers of their bits, anything else as it is; `from_storage` undoes it.
 

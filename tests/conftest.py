@@ -9,7 +9,9 @@ import pytest
 
 # Most of the time of the tests goes into compiling small programs. This leaves out the optimization of machine code,
 # not that of the programs; the flags are read when the first array is made.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Two devices, so that what is spread over several can be tested.
+flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 @pytest.fixture

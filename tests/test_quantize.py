@@ -10,8 +10,8 @@ from flax import nnx
 
 import jaxvq
 from jaxvq import KMeans, LayerStats, Product, QuantizedArray, RowVQ, Rule, Spec, Uniform
-from jaxvq._fit import fit_palettes
 from jaxvq.array import is_quantized
+from jaxvq.cluster.palettes import fit_palettes
 from jaxvq.cluster.product import fit_product
 
 

@@ -25,13 +25,12 @@ def bucket(n: int) -> int:
 
 
 def pad_problems(
-    points: Shaped[Array, "p n *d"], weights: Float[Array, "p n *w"]
-) -> tuple[Shaped[Array, "p1 n1 *d"], Float[Array, "p1 n1 *w"]]:
+    points: Shaped[Array, "p n *d"], weights: Float[Array, "p n *w"] | None
+) -> tuple[Shaped[Array, "p1 n1 *d"], Float[Array, "p1 n1 *w"] | None]:
     """Pads `p` clustering problems of `n` points to bucket sizes; the padding has weight 0."""
     p, n = points.shape[:2]
     pads = ((0, bucket(p) - p), (0, bucket(n) - n))
-    padded = (jnp.pad(a, (*pads, *((0, 0),) * (a.ndim - 2))) for a in (points, weights))
-    return tuple(padded)  # type: ignore[return-value]
+    return jax.tree.map(lambda a: jnp.pad(a, (*pads, *((0, 0),) * (a.ndim - 2))), (points, weights))
 
 
 def map_problems(

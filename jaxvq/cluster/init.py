@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxvq._numerics import as_storage, from_storage
+from jaxvq._numerics import as_storage, from_storage, running_sum
 from jaxvq.ops.nearest import in_chunks
 
 SAMPLE = 8192
@@ -91,7 +91,7 @@ def draw(mass: Float[Array, " n"], place: Float[Array, ""]) -> Int[Array, ""]:
 
 def pick(mass: Float[Array, " n"], place: Float[Array, ""]) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The index that `place` falls on when the masses lie end to end, and how far into it; the largest if none."""
-    ends = jnp.cumsum(mass)
+    ends = running_sum(mass)[1:]
     inside = (ends > place) & (mass > 0)
     index = jnp.where(inside.any(), jnp.argmax(inside), jnp.argmax(mass))
     return index, place - (ends[index] - mass[index])

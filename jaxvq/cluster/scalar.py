@@ -63,7 +63,7 @@ def _cuts(x: Float[Array, " n"], w: Float[Array, " n"], k: int) -> Int32[Array, 
         return jnp.concatenate([ranks, jnp.full(k - x.size, x.size, jnp.int32)])
     if grid == x.size:
         return _best_cuts(x, w, ranks, k)
-    start = _candidates(x, w, k) if k > _ENTRIES_SEARCHED else _best_cuts(x, w, _candidates(x, w, grid), k)
+    start = candidates(x, w, k) if k > _ENTRIES_SEARCHED else _best_cuts(x, w, candidates(x, w, grid), k)
     return _until_still(functools.partial(_refine, x, w), start, _ROUNDS) if k > 1 else start
 
 
@@ -155,7 +155,7 @@ def _best_cuts(
     return edges[jnp.concatenate([start[None], ends])]
 
 
-def _candidates(x: Float[Array, " n"], w: Float[Array, " n"], grid: int) -> Int32[Array, " edges"]:
+def candidates(x: Float[Array, " n"], w: Float[Array, " n"], grid: int) -> Int32[Array, " edges"]:
     """`grid + 1` ascending cuts, as dense as the cuts of a good quantizer.
 
     The best quantizer's density is the cube root of the data's (Panter and Dite, "Quantization distortion in

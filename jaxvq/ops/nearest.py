@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int32, Shaped
 
 from jaxvq._numerics import matmul, safe_sqrt
+from jaxvq.ops import clustering
 
 Numbers = Shaped[ArrayLike, "..."] | Sequence[Any]
 
@@ -83,6 +84,21 @@ def vq(observations: Numbers, codebook: Numbers) -> tuple[Int32[Array, " n"], Fl
 
 @jax.jit
 def _nearest(points: Array, codebook: Array, weights: Array | None) -> Int32[Array, " n"]:
+    d = points.shape[1]
+    if weights is None and d > 1 and clustering.supports_nearest(d, exact=True):
+        return lax.platform_dependent(points, codebook, weights, cuda=_by_kernel, default=_by_chunks)
+    return _by_chunks(points, codebook, weights)
+
+
+def _by_kernel(points: Array, codebook: Array, weights: None) -> Int32[Array, " n"]:
+    codebook = codebook.astype(jnp.float32)
+    centre = codebook.mean(axis=0)
+    x, table = points.astype(jnp.float32) - centre, codebook - centre
+    largest = jnp.maximum(jnp.max(jnp.abs(x), initial=0), jnp.max(jnp.abs(table)))
+    return clustering.nearest(x, table, largest=largest, exact=True)
+
+
+def _by_chunks(points: Array, codebook: Array, weights: Array | None) -> Int32[Array, " n"]:
     n = points.shape[0]
     codebook = codebook.astype(jnp.float32)
     centre = codebook.mean(axis=0)

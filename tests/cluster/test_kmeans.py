@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from jaxvq.cluster.kmeans import kmeans, one_hot_sums, roughly_nearest, split_for_empty, sums_by_code
+from jaxvq.cluster.kmeans import kmeans, lloyd, one_hot_sums, roughly_nearest, split_for_empty, sums_by_code
+from jaxvq.ops.nearest import nearest
 
 
 def distortion(points, centroids, weights=None):
@@ -112,6 +114,43 @@ def test_narrow_points_are_summed_in_float32():
     centroids = kmeans(points, jnp.zeros((1, 1), jnp.bfloat16), iterations=1)
     assert centroids.dtype == jnp.float32
     np.testing.assert_allclose(centroids[0, 0], np.asarray(points, np.float64).mean(), atol=1e-5)
+
+
+def test_tolerance_stops_early_and_zero_does_not():
+    points, start = jnp.asarray(normal(20, 2000, 2)), jnp.asarray(normal(21, 16, 2))
+    fit = functools.partial(kmeans, points, start, iterations=60)
+    steps = [np.asarray(kmeans(points, start, iterations=i)) for i in (1, 60)]
+    errors = [distortion(points, c) for c in (steps[0], fit(tolerance=0.01), fit(tolerance=1e-4), steps[1])]
+    np.testing.assert_array_equal(fit(), steps[1])
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[2] < 1.01 * errors[3]
+
+
+def test_the_distortion_is_that_of_the_means():
+    points, start = normal(22, 900, 3), normal(23, 10, 3)
+    weights = np.random.default_rng(24).uniform(0.5, 2, size=900).astype("f")
+    _, total = lloyd(jnp.asarray(points), jnp.asarray(start), jnp.asarray(weights), 1, 900, 0.0)
+    codes = ((points[:, None].astype(float) - start) ** 2).sum(-1).argmin(1)
+    means = np.stack([np.average(points[codes == c], axis=0, weights=weights[codes == c]) for c in range(10)])
+    expected = (weights[:, None] * (points.astype(float) - means[codes]) ** 2).sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_points_spread_over_devices_give_the_codebook_of_one_device():
+    points, start = jnp.asarray(normal(25, 4000, 4)), jnp.asarray(normal(26, 32, 4))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    fit = jax.shard_map(
+        lambda points, start: kmeans(points, start, iterations=10, axis_name="data"),
+        mesh=mesh,
+        in_specs=(spec, jax.sharding.PartitionSpec()),
+        out_specs=jax.sharding.PartitionSpec(),
+        check_vma=False,
+    )
+    spread = jax.jit(fit)(jax.device_put(points, jax.sharding.NamedSharding(mesh, spec)), start)
+    alone = kmeans(points, start, iterations=10)
+    np.testing.assert_allclose(spread, alone, atol=1e-5)
+    np.testing.assert_array_equal(nearest(points, spread), nearest(points, alone))
 
 
 def test_errors():

@@ -1,0 +1,88 @@
+"""Kernels in CUDA C++, compiled by NVRTC when a program is traced and launched by XLA itself.
+
+`pip install "jaxvq[cuda]"` brings the compiler as a wheel; without it XLA's own programs serve.
+"""
+
+import functools
+import importlib.resources
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Shaped
+
+ARCHITECTURE = "compute_80"  # the oldest that has every instruction used; drivers compile it for their chip
+SHARED_NBYTES = 227 * 1024  # that one block of threads can have on an H100
+
+
+@functools.cache
+def compiler() -> Any:
+    """NVRTC, or None where its wheel is missing or its library does not load."""
+    try:
+        from cuda.bindings import nvrtc  # type: ignore[import-not-found]
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError):
+        return None
+    return nvrtc
+
+
+@functools.cache
+def assemble(name: str, constants: tuple[tuple[str, int], ...]) -> str:
+    """`kernels/<name>.cu` as PTX, the assembly that any later chip runs, with its open constants filled in.
+
+    Raises:
+      RuntimeError: when it does not compile, with the compiler's log.
+    """
+    nvrtc = compiler()
+    source = importlib.resources.files("jaxvq.ops").joinpath("kernels", f"{name}.cu").read_bytes()
+    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants)]
+    _, program = nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], [])
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+        raise RuntimeError(f"{name}.cu does not compile with {' '.join(options)}:\n{log}")
+    assembly = _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+    nvrtc.nvrtcDestroyProgram(program)
+    return assembly
+
+
+def _text(size_of: Any, write: Any, program: Any) -> str:
+    _, size = size_of(program)
+    text = b" " * size
+    write(program, text)
+    return text.decode().rstrip("\0")
+
+
+def launch(
+    name: str,
+    constants: Mapping[str, int],
+    results: Any,
+    *operands: Shaped[Array, "..."],
+    blocks: int,
+    threads: int,
+    shared_nbytes: int = 0,
+    overwrites: int | None = None,
+) -> Any:
+    """Runs the function `name` of `kernels/<name>.cu`.
+
+    XLA launches it like a kernel of its own (custom call `__gpu$xla.gpu.ptx`): in order, without the host, and inside
+    loops and graphs.
+
+    Args:
+      name: of the kernel.
+      constants: what the source leaves open.
+      results: `jax.ShapeDtypeStruct`s; the kernel's last arguments.
+      operands: its first arguments.
+      blocks: of threads.
+      threads: in each block.
+      shared_nbytes: memory shared by the threads of a block, beside what the source declares.
+      overwrites: the operand whose memory the one result takes, with what is in it.
+    """
+    aliases = None if overwrites is None else {overwrites: 0}
+    call = jax.ffi.ffi_call("__gpu$xla.gpu.ptx", results, vmap_method="sequential", input_output_aliases=aliases)
+    sizes = {"grid_x": blocks, "grid_y": 1, "grid_z": 1, "block_x": threads, "block_y": 1, "block_z": 1}
+    numbers = {key: np.int32(value) for key, value in {**sizes, "shared_mem_bytes": shared_nbytes}.items()}
+    assembly = assemble(name, tuple(sorted(constants.items())))
+    return call(*operands, name=name, kernel_type="ptx", kernel_data=assembly, **numbers)
