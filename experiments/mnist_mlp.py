@@ -250,14 +250,15 @@ def fit(network: Network, training: Training, variables: Variables, data: Data, 
     state = training.optimizer(steps).init(variables["params"])
     for _ in range(training.epochs):
         order = generator.permutation(len(data[0]))[: steps * training.batch_size].reshape(steps, -1)
-        variables, state = _epoch(network, training, variables, state, data, order)
+        variables, state = epoch(network, training, variables, state, data, order)
     return variables
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _epoch(
+def epoch(
     network: Network, training: Training, variables: Variables, state: Any, data: Data, order: Int[Array, "steps b"]
 ) -> tuple[Variables, Any]:
+    """One pass over the images in this order: the variables and the optimizer's state after it."""
     optimizer = training.optimizer(len(order))
 
     def step(carry: tuple[Variables, Any], batch: Int[Array, " b"]) -> tuple[tuple[Variables, Any], None]:
@@ -368,9 +369,7 @@ def draw(rows: Sequence[Row], best: dict[str, str], *, config: Config) -> matplo
         f"{percent[FLOAT]}"
     )
     figure.legend(loc="outside right center", frameon=False, title="filled: best of its kind on held-out images")
-    note = (
-        f"Means of {config.seeds} seeds, bars from the lowest to the highest. Dashed: float after its first training; "
-    )
+    note = f"Means of {config.seeds} seeds, bars from the lowest to the highest. Dashed: float after first training; "
     figure.supxlabel(note + "line: trained on as long as the others. Dotted: the bytes of row VQ.", fontsize="small")
     return figure
 
