@@ -6,24 +6,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import jaxvq
 from experiments.cifar import CLASSES, augment
 from experiments.data import Dataset
+from jaxvq import Codebook, QuantizedArray
 
 EPSILON = 1e-5
 MOMENTUM = 0.9
 TEMPERATURE = 2.0
 FLOOR = 1e-3
+INT8_MAX = 127
 SENSITIVITY_BATCH = 25
 
 Variables = dict[str, Any]
-Progress = Callable[[Sequence[int]], Iterable[int]]
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class ResNet20(nn.Module):
@@ -33,11 +36,11 @@ class ResNet20(nn.Module):
     section 4.2, with option A where the channels double.
 
     Attributes:
-      widths: channels of the three stages.
+      widths: channels of the stages, three as published.
       blocks: residual blocks in each stage, of two convolutions each.
     """
 
-    widths: tuple[int, int, int] = (16, 32, 64)
+    widths: tuple[int, ...] = (16, 32, 64)
     blocks: int = 3
 
     @nn.compact
@@ -74,6 +77,13 @@ def _normalized(x: Array, width: int, conv: str, norm: str, *, train: bool, stri
     # The padding is that of PyTorch: Flax's own "SAME" would shift a convolution of stride 2 by one pixel.
     x = nn.Conv(width, (3, 3), strides=stride, padding=((1, 1), (1, 1)), use_bias=False, name=conv)(x)
     return nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, name=norm)(x)
+
+
+def random_variables(model: ResNet20, images: Float[np.ndarray, "n height width 3"]) -> Variables:
+    """Positive numbers for all variables, in no time: Flax's own initializers compile for seconds."""
+    generator = np.random.default_rng(0)
+    shapes: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), images[:1], train=False))
+    return jax.tree.map(lambda leaf: jnp.asarray(generator.uniform(0.1, 0.9, leaf.shape), leaf.dtype), dict(shapes))
 
 
 def from_torch(tensors: Mapping[str, np.ndarray]) -> Variables:
@@ -121,6 +131,8 @@ class TuneConfig:
       learning_rate: the highest step size of Adam; it falls to zero along a cosine.
       distilled: the share of the teacher in the loss, where there is one; the labels have the rest.
       seed: of the order of the images, their shifts and their mirroring.
+      spec: how the weights will be quantized that are float still. A network then takes the same compiled program
+        whichever of them are quantized yet; what it learns is the same.
     """
 
     epochs: float = 6
@@ -128,19 +140,19 @@ class TuneConfig:
     learning_rate: float = 1e-3
     distilled: float = 0.9
     seed: int = 0
+    spec: jaxvq.Spec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tuner:
-    """What a step needs beside arrays; compared by value, so that its program compiles once."""
+    """What a step needs beside arrays; compared by value, so that its program compiles once for any number of steps."""
 
     model: ResNet20
-    config: TuneConfig
-    steps: int
+    distilled: float
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(self.config.learning_rate, self.steps))
+        return optax.scale_by_adam()
 
 
 def tune(
@@ -173,15 +185,55 @@ def tune(
             f"`batch_size` must be at most the {count} training images, got {config.batch_size}; use a smaller one"
         )
     steps = max(1, round(config.epochs * (count // config.batch_size)))
-    tuner = _Tuner(model, config, steps)
-    trainable, frozen = jaxvq.partition(jax.tree.map(jnp.copy, variables["params"]))
+    tuner = _Tuner(model, config.distilled)
+    rates = np.asarray(jax.jit(optax.cosine_decay_schedule(config.learning_rate, steps))(jnp.arange(steps)))
+    params = variables["params"] if config.spec is None else _with_room(variables["params"], config.spec)
+    trainable, frozen = jaxvq.partition(jax.tree.map(jnp.copy, params))
     statistics, state = jax.tree.map(jnp.copy, variables["batch_stats"]), tuner.optimizer.init(trainable)
     batches = _batches(dataset, config)
     # One call per step: on CPUs a convolution inside `lax.scan` ran 12 times slower than outside.
-    for _ in progress(range(steps)):
-        images, labels = next(batches)
-        trainable, statistics, state = _step(tuner, trainable, statistics, state, frozen, teacher, images, labels)
-    return {"params": jaxvq.combine(trainable, frozen), "batch_stats": statistics}
+    for step in progress(range(steps)):
+        rate, batch = rates[step], next(batches)
+        trainable, statistics, state = _step(tuner, trainable, statistics, state, frozen, teacher, rate, batch)
+    params = _map_places(lambda place: place.after if place.done else place.before, jaxvq.combine(trainable, frozen))
+    return {"params": params, "batch_stats": statistics}
+
+
+@flax.struct.dataclass
+class _Place:
+    """A weight before and after it is quantized, and whether it is: both have a place in a compiled program."""
+
+    before: Float[Array, "..."]
+    after: QuantizedArray
+    done: Bool[Array, ""]
+
+
+def _with_room(params: Any, spec: jaxvq.Spec) -> Any:
+    """The parameters with a `_Place` for each weight that `spec` names; zeros for what is not there yet or no more."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    for index, entry in enumerate(jaxvq.resolve(structure.unflatten(shapes), spec).entries):
+        if entry.template is not None:
+            done = isinstance(leaves[index], QuantizedArray)
+            missing = shapes[index] if done else entry.template
+            zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), missing)
+            before, after = (zeros, leaves[index]) if done else (leaves[index], zeros)
+            leaves[index] = _Place(before, after, jnp.array(done))
+    return structure.unflatten(leaves)
+
+
+def _map_places(function: Callable[[_Place], Any], params: Any) -> Any:
+    def one(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, _Place) else leaf
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, _Place))
+
+
+def _decoded(params: Any) -> Any:
+    """The weights that the network computes with."""
+    return jaxvq.dequantize_params(
+        _map_places(lambda place: jnp.where(place.done, place.after.dequantize(), place.before), params)
+    )
 
 
 def _batches(dataset: Dataset, config: TuneConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -203,17 +255,18 @@ def _step(
     state: optax.OptState,
     frozen: Any,
     teacher: Variables | None,
-    images: Float[Array, "b height width 3"],
-    labels: Int[Array, " b"],
+    rate: Float[Array, ""],
+    batch: tuple[Float[Array, "b height width 3"], Int[Array, " b"]],
 ) -> tuple[Any, Any, optax.OptState]:
+    images, labels = batch
+
     def loss(trainable: Any) -> tuple[Float[Array, ""], Any]:
-        params = jaxvq.dequantize_params(jaxvq.combine(trainable, frozen))
-        variables = {"params": params, "batch_stats": statistics}
+        variables = {"params": _decoded(jaxvq.combine(trainable, frozen)), "batch_stats": statistics}
         logits, updates = tuner.model.apply(variables, images, train=True, mutable=["batch_stats"])
         value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         if teacher is not None:
             answers: Any = tuner.model.apply(teacher, images, train=False)
-            share = tuner.config.distilled
+            share = tuner.distilled
             value = (1 - share) * value + share * jaxvq.distillation_loss(
                 logits, answers, temperature=TEMPERATURE
             ).mean()
@@ -221,7 +274,22 @@ def _step(
 
     gradients, statistics = jax.grad(loss, has_aux=True)(trainable)
     changes, state = tuner.optimizer.update(gradients, state, trainable)
+    changes = jax.tree.map(lambda change: -rate * change, changes)
     return optax.apply_updates(trainable, changes), statistics, state
+
+
+def stored(variables: Variables) -> Variables:
+    """The network as it is kept: centroids as int8 in units of a scale for each codebook, everything else float16."""
+
+    def keep(leaf: Any) -> Any:
+        if not isinstance(leaf, QuantizedArray):
+            return leaf.astype(jnp.float16)
+        decoder: Any = leaf.decoder
+        scale = jnp.maximum(jnp.max(jnp.abs(decoder.vectors), axis=(3, 4), keepdims=True), 1e-30) / INT8_MAX
+        vectors = jnp.round(decoder.vectors / scale).astype(jnp.int8)
+        return dataclasses.replace(leaf, decoder=Codebook(vectors, scale))
+
+    return jax.tree.map(keep, variables, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
 
 
 def sensitivity(

@@ -17,11 +17,12 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.axes
 import matplotlib.figure
 import rich
 import rich.box
@@ -30,15 +31,14 @@ import rich.progress
 import rich.table
 
 import jaxvq
-from experiments import cifar
+from experiments import cifar, resnet
 from experiments.data import Dataset, DatasetUnavailableError
-from experiments.resnet import ResNet20, TuneConfig, Variables, from_torch, sensitivity, tune
+from experiments.resnet import ResNet20, TuneConfig, Variables, stored, tune
 from experiments.train import accuracy
-from jaxvq import Codebook, KMeans, LayerStats, Product, QuantizedArray, Residual, Rule, Spec
+from jaxvq import KMeans, LayerStats, Product, Residual, Rule, Spec
 
 CALIBRATION = 1_000  # training images that tell how much each weight matters
 LIMIT = 2.5  # bits per weight, over the whole network
-INT8_MAX = 127
 FLOAT = "float"
 PLAIN, WEIGHED, TUNED, BY_LAYER = "clustered", "by importance", "fine-tuned", "layer by layer"
 
@@ -110,15 +110,21 @@ class Result:
     seconds: float
 
 
+def track(text: str) -> resnet.Progress:
+    """A bar of its own for each sequence."""
+    return functools.partial(rich.progress.track, description=text, console=rich.console.Console(stderr=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The network, the images and what weighs its weights."""
+    """The network, the images, what weighs its weights, and how progress under a name is shown."""
 
     config: Config
     model: ResNet20
     variables: Variables
     dataset: Dataset
     stats: Mapping[str, LayerStats]
+    progress: Callable[[str], resnet.Progress] = track
 
     def measure(self, name: str, variables: Variables, began: float, *, way: str) -> Result:
         """The figures of one variant."""
@@ -146,9 +152,11 @@ class Study:
         key = jax.random.key(self.config.seed)
         return {**self.variables, "params": jaxvq.quantize_params(self.variables["params"], spec, key=key, stats=stats)}
 
-    def tuned(self, variables: Variables, text: str, *, teacher: Variables | None = None) -> Variables:
-        """A network, float or quantized, trained on."""
-        config, progress = self.config.train, _progress(text)
+    def tuned(
+        self, variables: Variables, text: str, *, teacher: Variables | None = None, spec: Spec | None = None
+    ) -> Variables:
+        """A network, float or quantized, trained on; with `spec` by the program that `tuned_by_layer` takes."""
+        config, progress = dataclasses.replace(self.config.train, spec=spec), self.progress(text)
         return tune(self.model, variables, self.dataset, config, teacher=teacher, progress=progress)
 
     def tuned_by_layer(self, spec: Spec, text: str, *, teacher: Variables) -> Variables:
@@ -171,30 +179,10 @@ class Study:
             params = jaxvq.quantize_params(variables["params"], rules, key=key, stats=picked)
             last = number == len(blocks) - 1
             epochs = config.epochs / 2 if last else config.epochs / 2 / (len(blocks) - 1)
-            part = dataclasses.replace(config, epochs=epochs, seed=config.seed + number)
-            variables = tune(
-                self.model,
-                {**variables, "params": params},
-                self.dataset,
-                part,
-                teacher=teacher,
-                progress=_progress(f"{text}, {block}"),
-            )
+            part = dataclasses.replace(config, epochs=epochs, seed=config.seed + number, spec=spec)
+            variables, progress = {**variables, "params": params}, self.progress(f"{text}, {block}")
+            variables = tune(self.model, variables, self.dataset, part, teacher=teacher, progress=progress)
         return variables
-
-
-def stored(variables: Variables) -> Variables:
-    """The network as it is kept: centroids as int8 in units of a scale for each codebook, everything else float16."""
-
-    def keep(leaf: Any) -> Any:
-        if not isinstance(leaf, QuantizedArray):
-            return leaf.astype(jnp.float16)
-        decoder: Any = leaf.decoder
-        scale = jnp.maximum(jnp.max(jnp.abs(decoder.vectors), axis=(3, 4), keepdims=True), 1e-30) / INT8_MAX
-        vectors = jnp.round(decoder.vectors / scale).astype(jnp.int8)
-        return dataclasses.replace(leaf, decoder=Codebook(vectors, scale))
-
-    return jax.tree.map(keep, variables, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -249,9 +237,9 @@ def prepare(config: Config) -> Study:
     """
     if config.smoke:
         dataset, model = cifar.synthetic(50), ResNet20(widths=(16, 16, 16), blocks=1)
-        variables: Any = model.init(jax.random.key(config.seed), dataset.train_images[:1], train=False)
+        variables = resnet.random_variables(model, dataset.train_images)
     else:
-        dataset, model, variables = cifar.cifar10(), ResNet20(), from_torch(cifar.weights())
+        dataset, model, variables = cifar.cifar10(), ResNet20(), resnet.from_torch(cifar.weights())
     if config.validate:
         dataset = cifar.held_out(dataset)
     return weighed(config, model, variables, dataset)
@@ -259,8 +247,7 @@ def prepare(config: Config) -> Study:
 
 def weighed(config: Config, model: ResNet20, variables: Variables, dataset: Dataset) -> Study:
     """The study of a network, with how much each of its weights matters."""
-    progress = _progress("sensitivity of the weights")
-    stats = sensitivity(model, variables, dataset, count=config.calibration, progress=progress)
+    stats = resnet.sensitivity(model, variables, dataset, count=config.calibration, progress=track("sensitivity"))
     return Study(config, model, variables, dataset, stats)
 
 
@@ -269,7 +256,7 @@ def without_training(study: Study) -> list[Result]:
     smoke = study.config.smoke
     names, ways = ((FOUR_BITS,), (WEIGHED,)) if smoke else ((FOUR_BITS, *study.config.recipes), (PLAIN, WEIGHED))
     results = []
-    for name, way in _progress("without training")([(name, way) for name in names for way in ways]):
+    for name, way in study.progress("without training")([(name, way) for name in names for way in ways]):
         began = time.perf_counter()
         variables = stored(study.quantized(RECIPES[name], importance=way == WEIGHED))
         results.append(study.measure(name, variables, began, way=way))
@@ -286,11 +273,6 @@ def keep(study: Study, variables: Variables, result: Result) -> dict[str, Any]:
             f"{path}: the loaded network's accuracy is {loaded!r}, before saving it was {result.accuracy!r}"
         )
     return {"file": path.name, "file_nbytes": path.stat().st_size, "accuracy_loaded": loaded}
-
-
-def _progress(text: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    console = rich.console.Console(stderr=True)
-    return functools.partial(rich.progress.track, description=text, console=console)
 
 
 def _table(results: Sequence[Result], chosen: int, *, images: int) -> rich.table.Table:
@@ -335,10 +317,7 @@ def draw(results: Sequence[Result], chosen: int, *, dataset: Dataset) -> matplot
     figure = matplotlib.figure.Figure(figsize=(10, 6), layout="constrained")
     axes = figure.add_subplot()
     made, tuned = results[chosen], 100 * _float_accuracy(results[chosen], results)
-    for result, dashes in zip([one for one in results if one.name == FLOAT], ("--", "-"), strict=True):
-        label = f"float{', fine-tuned' if result.way == TUNED else ''}: {100 * result.accuracy:.2f}%"
-        axes.axhline(100 * result.accuracy, color="black", linestyle=dashes, linewidth=1, label=label)
-    axes.axhspan(tuned - 3, tuned, color="black", alpha=0.08, linewidth=0)
+    draw_floats(axes, [result for result in results if result.name == FLOAT])
     axes.axvline(LIMIT, color="tab:gray", linestyle=":", linewidth=1)
     quantized = [result for result in results if result.name != FLOAT]
     styles = {
@@ -374,33 +353,43 @@ def draw(results: Sequence[Result], chosen: int, *, dataset: Dataset) -> matplot
     return figure
 
 
+def draw_floats(axes: matplotlib.axes.Axes, results: Sequence[Result]) -> None:
+    """The float network before and after its training, and a band of three points below."""
+    for result, dashes in zip(results, ("--", "-"), strict=True):
+        label = f"float{', fine-tuned' if result.way == TUNED else ''}: {100 * result.accuracy:.2f}%"
+        axes.axhline(100 * result.accuracy, color="black", linestyle=dashes, linewidth=1, label=label)
+    axes.axhspan(100 * results[-1].accuracy - 3, 100 * results[-1].accuracy, color="black", alpha=0.08, linewidth=0)
+
+
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m experiments.resnet_pq", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a small run that only shows that everything works")
-    parser.add_argument("--validate", action="store_true", help="test on training images held out, to choose settings")
     names = tuple(name for name in RECIPES if name != FOUR_BITS)
     parser.add_argument("--recipes", nargs="+", choices=names, default=["residual"], help="to fine-tune")
     parser.add_argument("--by-layer", action=argparse.BooleanOptionalAction, default=True, help="do that as well")
+    add_arguments(parser, out="runs/resnet_pq")
+    given = parser.parse_args(arguments)
+    return configure(given, recipes=tuple(given.recipes), by_layer=given.by_layer and not given.smoke)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """The options of every run with this network, but for `--smoke`."""
+    parser.add_argument("--validate", action="store_true", help="test on training images held out, to choose settings")
     parser.add_argument("--epochs", type=float, default=TuneConfig.epochs)
     parser.add_argument("--learning-rate", type=float, default=TuneConfig.learning_rate)
     parser.add_argument("--distilled", type=float, default=TuneConfig.distilled, help="share of the teacher")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/resnet_pq"), help="folder to write to")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
+
+
+def configure(given: argparse.Namespace, *, recipes: tuple[str, ...], by_layer: bool) -> Config:
+    """The configuration with the options of `add_arguments` and `--smoke`."""
     train = TuneConfig(given.epochs, TuneConfig.batch_size, given.learning_rate, given.distilled, given.seed)
     if given.smoke:
         train = dataclasses.replace(train, epochs=1, batch_size=10)
-    return Config(
-        recipes=tuple(given.recipes),
-        by_layer=given.by_layer and not given.smoke,
-        train=train,
-        calibration=25 if given.smoke else CALIBRATION,
-        validate=given.validate,
-        smoke=given.smoke,
-        out=given.out,
-        seed=given.seed,
-    )
+    calibration = 25 if given.smoke else CALIBRATION
+    return Config(recipes, by_layer, train, calibration, given.validate, given.smoke, given.out, given.seed)
 
 
 if __name__ == "__main__":
