@@ -101,7 +101,8 @@ def train_model(words: Int[np.ndarray, " n"], config: LanguageConfig, *, seed: i
     """
     train, _ = split(words)
     generator = np.random.default_rng(seed)
-    params = Transformer(config).init(jax.random.key(seed), jnp.zeros((1, config.length), jnp.int32))["params"]
+    start: Any = jax.jit(Transformer(config).init)(jax.random.key(seed), jnp.zeros((1, config.length), jnp.int32))
+    params = start["params"]
     state = _optimizer(config).init(params)
     for _ in progress(range(-(-config.steps // CHUNK))):
         starts = generator.integers(0, len(train) - config.length - 1, (CHUNK, config.batch_size, 1))

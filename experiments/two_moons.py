@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +32,7 @@ from jaxvq import KMeans, Rule, Spec
 
 PUBLISHED = {False: ((0.675, 0.416), (0.410, 0.336)), True: ((0.662, 0.324), (0.297, 0.188))}
 FREE, SHARED, FLOAT = "every weight free again (as published)", "values shared, codes fixed", "never quantized"
+Progress = Callable[[Sequence[int]], Iterable[int]]
 COLOURS = {FREE: "tab:orange", SHARED: "tab:blue", FLOAT: "black"}
 
 
@@ -181,23 +182,36 @@ def main(config: Config) -> dict[str, Any]:
       The losses, sizes and accuracies of every seed, as written to `results.json`.
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    points, _ = moons(config)
-    before: list[Run] = []
-    after: dict[str, list[Run]] = {FREE: [], SHARED: [], FLOAT: []}
-    for seed in rich.progress.track(range(config.seeds), description="networks"):
-        key = jax.random.key(seed)
-        params = Classifier(config.widths).init(key, points[:1])["params"]
-        first = train(params, config, seed)
-        small = jaxvq.quantize_params(first.params, config.spec, key=key)
-        before.append(first)
-        starts = {FREE: jaxvq.dequantize_params(small), SHARED: small, FLOAT: first.params}
-        for name, start in starts.items():
-            after[name].append(train(start, config, seed + 1000))
+    before, after = study(config, progress=functools.partial(rich.progress.track, description="networks"))
     found = summary(before, after, config)
     (config.out / "results.json").write_text(json.dumps(found, indent=2))
     draw(before, after, config).savefig(config.out / _name(config, "png"), dpi=150)
     _print(found)
     return found
+
+
+def study(config: Config, *, progress: Progress = iter) -> tuple[list[Run], dict[str, list[Run]]]:
+    """Trains every network, replaces its weights and trains it on, in three ways.
+
+    Returns:
+      The runs before, one for each seed, and those after, by the way of training on.
+    """
+    before: list[Run] = []
+    after: dict[str, list[Run]] = {FREE: [], SHARED: [], FLOAT: []}
+    for seed in progress(range(config.seeds)):
+        first = train(begin(config, seed), config, seed)
+        small = jaxvq.quantize_params(first.params, config.spec, key=jax.random.key(seed))
+        before.append(first)
+        starts = {FREE: jaxvq.dequantize_params(small), SHARED: small, FLOAT: first.params}
+        for name, start in starts.items():
+            after[name].append(train(start, config, seed + 1000))
+    return before, after
+
+
+def begin(config: Config, seed: int) -> Any:
+    """The parameters of a network before its training."""
+    points, _ = moons(config)
+    return Classifier(config.widths).init(jax.random.key(seed), points[:1])["params"]
 
 
 def summary(before: list[Run], after: dict[str, list[Run]], config: Config) -> dict[str, Any]:
@@ -276,6 +290,15 @@ def draw(before: list[Run], after: dict[str, list[Run]], config: Config) -> matp
     left.plot(epochs, (first, last, first_after, last_after), "x", color="tab:red", label="published (one network)")
     left.legend(loc="upper right", fontsize="small")
     _boundary(right, after[SHARED][0], config)
+    return figure
+
+
+def draw_plane(run: Run, config: Config) -> matplotlib.figure.Figure:
+    """The points, and what one network says of the plane."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    _boundary(axes, run, config)
+    axes.set_title(f"{100 * run.accuracy:.1f}% right, {run.distinct[-1]} distinct weights")
     return figure
 
 

@@ -1,6 +1,6 @@
 """What vector quantization is, in four pictures: the lookup table, the codebook found two ways, an image, embeddings.
 
-python -m experiments.vq_basics [--smoke] [--out DIR] [--text FILE]
+python -m experiments.vq_basics [--smoke] [--out DIR] [--text FILE] [--steps N]
 """
 
 import argparse
@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 import rich
@@ -25,7 +24,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 import jaxvq
 from experiments.language import LanguageConfig, perplexity, read_text, tokenize, train_model
-from jaxvq import KMeans, Product
+from experiments.vq_pictures import draw_embeddings, draw_fit, draw_image, draw_lookup
+from jaxvq import KMeans, Product, QuantizedArray, Rule
+from jaxvq.methods import AbstractMethod
 
 WEIGHTS, CENTROIDS = (0.52, 1.3, -0.9), (0.5, 1.25, -1.0)
 WORD, WORD_CENTROIDS, PUBLISHED_CODES = (0.45, -0.32, 0.12, 0.91, -0.56), (0.445, -0.56, 0.12), (0, 1, 0, 0, 1)
@@ -64,6 +65,7 @@ class Config:
     seed: int = 0
 
 
+@jax.jit
 def nearest_by_broadcasting(
     observations: Float[Array, "n d"], codebook: Float[Array, "k d"]
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
@@ -160,13 +162,19 @@ def compress_image(image: UInt8[np.ndarray, "height width 3"], entries: int, con
     Returns:
       The picture that comes back, its peak signal-to-noise ratio in decibels, and the bytes of codes and codebook.
     """
+    small = quantize_blocks(image, entries, config)
+    back = from_blocks(np.asarray(small.dequantize()) + 128, image.shape, config.block)
+    back = np.clip(np.round(back), 0, 255).astype(np.uint8)
+    return {"entries": entries, "image": back, "psnr_db": psnr_db(image, back), "nbytes": small.nbytes}
+
+
+def quantize_blocks(image: UInt8[np.ndarray, "height width 3"], entries: int, config: Config) -> QuantizedArray:
+    """The blocks of an image, one per row and less 128, as codes."""
     blocks = to_blocks(image.astype(np.float32), config.block)
     method = Product(k=entries, dim=blocks.shape[1], codebook_dtype="int8")
     tree = {"blocks": jnp.asarray(blocks) - 128}
-    small = jaxvq.quantize_params(tree, jaxvq.Rule("blocks", method, out_axis=0), key=jax.random.key(config.seed))
-    back = from_blocks(np.asarray(small["blocks"].dequantize()) + 128, image.shape, config.block)
-    back = np.clip(np.round(back), 0, 255).astype(np.uint8)
-    return {"entries": entries, "image": back, "psnr_db": psnr_db(image, back), "nbytes": small["blocks"].nbytes}
+    rule = Rule("blocks", method, out_axis=0)
+    return jaxvq.quantize_params(tree, rule, key=jax.random.key(config.seed))["blocks"]
 
 
 def psnr_db(image: UInt8[np.ndarray, "height width c"], back: UInt8[np.ndarray, "height width c"]) -> float:
@@ -205,15 +213,27 @@ def compress_embeddings(config: Config) -> dict[str, Any]:
     """Trains a small transformer, quantizes its embedding table, and asks how well it still predicts."""
     words, vocabulary = tokenize(read_text(config.text), config.language.vocabulary)
     params = train_model(words, config.language, seed=config.seed, progress=_track("training a transformer"))
-    rows = [{"method": "float32", "nbytes": params["embedding"].nbytes, "bits_per_weight": 32.0}]
-    rows[0]["perplexity"] = perplexity(params, words, config.language)
-    methods = [Product(bits=bits, dim=4, codebook_dtype="bfloat16") for bits in config.embedding_bits]
-    for method in (*methods, *(KMeans(bits=bits) for bits in config.palette_bits)):
-        small = jaxvq.quantize_params(params, jaxvq.Rule("embedding", method), key=jax.random.key(config.seed))
-        table = small["embedding"]
-        row = {"method": str(method), "nbytes": table.nbytes, "bits_per_weight": table.bits_per_weight}
-        rows.append(row | {"perplexity": perplexity(jaxvq.dequantize_params(small), words, config.language)})
+    rows = [embedding_row(params, words, method, config) for method in (None, *embedding_methods(config))]
     return {"words": len(words), "vocabulary": len(vocabulary), "shape": list(params["embedding"].shape), "rows": rows}
+
+
+def embedding_methods(config: Config) -> list[AbstractMethod]:
+    """What is tried on the embedding table: product quantization, then palettes."""
+    products = [Product(bits=bits, dim=4, codebook_dtype="bfloat16") for bits in config.embedding_bits]
+    return [*products, *(KMeans(bits=bits) for bits in config.palette_bits)]
+
+
+def embedding_row(
+    params: Any, words: Int[np.ndarray, " n"], method: AbstractMethod | None, config: Config
+) -> dict[str, Any]:
+    """Size of the embedding table, and how well the transformer predicts with it; None leaves it float."""
+    if method is None:
+        row = {"method": "float32", "nbytes": params["embedding"].nbytes, "bits_per_weight": 32.0}
+        return row | {"perplexity": perplexity(params, words, config.language)}
+    small = jaxvq.quantize_params(params, Rule("embedding", method), key=jax.random.key(config.seed))
+    row = {key: getattr(small["embedding"], key) for key in ("nbytes", "bits_per_weight")}
+    exact = jaxvq.dequantize_params(small)
+    return {"method": str(method), **row, "perplexity": perplexity(exact, words, config.language)}
 
 
 def _track(description: str) -> Any:
@@ -276,119 +296,6 @@ def _print(found: dict[str, Any]) -> None:
     rich.print(table)
 
 
-def draw_lookup(tables: dict[str, Any]) -> matplotlib.figure.Figure:
-    """Values, codes and what they decode to."""
-    figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle("A codebook is a lookup table: store which centroid is nearest, not the value")
-    for axes, (name, table) in zip(figure.subplots(1, 2), tables.items(), strict=True):
-        values, codes, centroids = table["values"], table["codes"], table["centroids"]
-        axes.hlines(centroids, -0.5, len(values) - 0.5, colors="tab:blue", linestyles=":", linewidth=1)
-        for index, centroid in enumerate(centroids):
-            axes.text(len(values) - 0.45, centroid, f"code {index}: {centroid:g}", color="tab:blue", va="center")
-        axes.plot(values, "o", color="black", label="value")
-        axes.plot(table["decoded"], "_", markersize=26, color="tab:blue", label="its centroid")
-        for index, (value, code) in enumerate(zip(values, codes, strict=True)):
-            axes.annotate(f"{value:g} → {code}", (index, value), (0, 9), textcoords="offset points", ha="center")
-        wrong = [i for i, code in enumerate(table.get("published_codes", codes)) if code != codes[i]]
-        if wrong:
-            decoded = [centroids[table["published_codes"][i]] for i in wrong]
-            axes.plot(wrong, decoded, "x", color="tab:red", markersize=10, label="published code, not the nearest")
-        axes.set(title=name, xlabel="which value", ylabel="value", xticks=range(len(values)))
-        axes.set_xlim(-0.5, len(values) + 0.9)
-        axes.margins(y=0.12)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
-def draw_fit(fits: dict[str, Any]) -> matplotlib.figure.Figure:
-    """The cloud with both codebooks, and the loss of the gradient."""
-    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    errors = fits["errors"]
-    ratio = errors["gradient"] / errors["k-means"]
-    figure.suptitle(
-        f"k-means and gradient descent on the diff find codebooks of like quality (squared error {ratio:.2f} : 1)"
-    )
-    points, codebook = np.asarray(fits["observations"]), fits["by_kmeans"]
-    codes, _ = jaxvq.vq(points, codebook)
-    left.scatter(*points.T, c=np.asarray(codes) % 10, cmap="tab10", s=3, alpha=0.4, linewidths=0)
-    left.plot(*np.asarray(codebook).T, "o", color="black", label=f"k-means, squared error {errors['k-means']:.4f}")
-    left.plot(*np.asarray(fits["by_gradient"]).T, "x", color="tab:red", label=f"gradient, {errors['gradient']:.4f}")
-    left.set(xlabel="first coordinate", ylabel="second coordinate", title="observations, coloured by code")
-    left.legend(fontsize="small")
-    right.plot(fits["losses"], color="tab:red", label="gradient (Adam)")
-    right.axhline(errors["k-means"], color="black", linestyle=":", label="k-means, 100 iterations")
-    right.set(xlabel="step", ylabel="mean squared diff", yscale="log", title="both start from the same 16 observations")
-    right.set_title("gradient descent on the codebook")
-    right.legend()
-    right.grid(alpha=0.3)
-    return figure
-
-
-def draw_image(
-    image: np.ndarray, pictures: list[dict[str, Any]], jpeg: list[tuple[int, float]]
-) -> matplotlib.figure.Figure:
-    """The image at three rates, and decibels against bytes."""
-    figure = matplotlib.figure.Figure(figsize=(13, 7.5), layout="constrained")
-    best = pictures[-1]
-    figure.suptitle(
-        f"An image as {best['entries']} blocks of pixels and their codes: "
-        f"{image.nbytes / best['nbytes']:.0f} times smaller at {best['psnr_db']:.1f} dB"
-    )
-    grid = figure.add_gridspec(2, 3)
-    shown = [pictures[0], pictures[len(pictures) // 2], pictures[-1]]
-    views = [("original", image, image.nbytes, None)]
-    views += [(f"{row['entries']} blocks", row["image"], row["nbytes"], row["psnr_db"]) for row in shown]
-    for place, (name, view, size, psnr) in zip(((0, 0), (0, 1), (0, 2), (1, 0)), views, strict=True):
-        axes = figure.add_subplot(grid[place])
-        axes.imshow(view)
-        axes.set_axis_off()
-        axes.set_title(f"{name}: {size / 1000:,.1f} kB" + ("" if psnr is None else f", {psnr:.1f} dB"), fontsize=10)
-    axes = figure.add_subplot(grid[1, 1:])
-    sizes = [row["nbytes"] / 1000 for row in pictures]
-    axes.semilogx(
-        sizes, [row["psnr_db"] for row in pictures], "o-", color="tab:blue", label="vector quantization of blocks"
-    )
-    for row, size in zip(pictures, sizes, strict=True):
-        axes.annotate(f"{row['entries']}", (size, row["psnr_db"]), (4, -12), textcoords="offset points")
-    axes.semilogx(
-        [size / 1000 for size, _ in jpeg], [psnr for _, psnr in jpeg], "s--", color="grey", label="JPEG, for comparison"
-    )
-    axes.set(xlabel="size (kB, codes and codebook)", ylabel="peak signal-to-noise ratio (dB)")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    return figure
-
-
-def draw_embeddings(found: dict[str, Any]) -> matplotlib.figure.Figure:
-    """Perplexity against bits per weight of the embedding table."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    rows = found["rows"]
-    exact = rows[0]["perplexity"]
-    for kind, colour in (("Product", "tab:blue"), ("KMeans", "tab:red")):
-        points = [(row["bits_per_weight"], row["perplexity"]) for row in rows if row["method"].startswith(kind)]
-        label = {"Product": "product quantization, d = 4, one codebook", "KMeans": "palette for the table"}[kind]
-        axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=label)
-    axes.axhline(exact, color="black", linestyle=":", label=f"float32: {exact:.2f}")
-    near = min(
-        (row for row in rows[1:] if row["perplexity"] < 1.02 * exact), key=lambda row: row["nbytes"], default=rows[0]
-    )
-    more = near["perplexity"] / exact - 1
-    axes.set_title(
-        f"The embedding table of a small transformer, {found['shape'][0]} x {found['shape'][1]}:\n"
-        f"{32 / near['bits_per_weight']:.1f} times smaller at {more:.1%} more perplexity"
-    )
-    axes.set(xlabel="bits per weight, codebooks counted", ylabel="perplexity on held-out text (words)", yscale="log")
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which("{x:g}")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    return figure
-
-
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m experiments.vq_basics", description=__doc__)
@@ -397,10 +304,11 @@ def parse(arguments: Sequence[str]) -> Config:
         "--out", type=pathlib.Path, default=pathlib.Path("runs/vq_basics"), help="the folder to write to"
     )
     parser.add_argument("--text", type=pathlib.Path, help="a text to train on (default: Python's own documentation)")
+    parser.add_argument("--steps", type=int, default=LanguageConfig.steps, help="of training the transformer")
     chosen = parser.parse_args(arguments)
     if not chosen.smoke:
-        return Config(chosen.out, text=chosen.text)
-    language = LanguageConfig(vocabulary=128, width=16, layers=1, steps=5, batch_size=4, length=16)
+        return Config(chosen.out, language=LanguageConfig(steps=chosen.steps), text=chosen.text)
+    language = LanguageConfig(vocabulary=32, width=8, layers=1, heads=2, steps=5, batch_size=4, length=16)
     return Config(
         chosen.out,
         observations=300,

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -40,6 +41,27 @@ def test_training_the_values_keeps_them_shared_and_training_the_weights_does_not
     free = mnist_cnn.count_distinct(train.fit(dataset, again, start=mnist_cnn.decoded(small)))
     assert max(shared.values()) == 2
     assert free["Dense_0/kernel"] > 2
+
+
+def test_begins_where_flax_begins(dataset):
+    begun = mnist_cnn.begin(CONFIG, dataset)
+    model = train.network(CONFIG, dataset)
+    plain = model.init(jax.random.key(CONFIG.seed), dataset.train_images[:1], train=False)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), begun, plain)
+
+
+def test_compares_the_most_values_with_the_source(tmp_path):
+    config = dataclasses.replace(mnist_cnn.parse(["--smoke"]), values=(2, 4))
+    accuracies = dict.fromkeys(("float", "8 bits, biases 1 bit", "float, fresh", "4 values a tensor"), 90.0)
+    row = dict.fromkeys((mnist_cnn.BEFORE, mnist_cnn.SHARED, mnist_cnn.FREE, mnist_cnn.AGAIN), 80.0)
+    exercise = {k: {**row, "nbytes": 10 * k, "nbytes_free": 100} for k in config.values}
+    found = mnist_cnn.summary(
+        [{"accuracies": accuracies, "exercise": exercise, "distinct": [{"a": 5}, {"a": 2}]}], config
+    )
+    assert found["accuracies"]["float"]["published"] == 98.12
+    assert found["accuracies"]["4 values a tensor"]["published"] is None
+    mnist_cnn.draw({"dataset": "noise", **found}).savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_on_changes_nothing_in_place(dataset, trained):

@@ -21,10 +21,17 @@ def test_smoke_run_writes_what_it_found(arguments, tmp_path, capsys):
     assert "Two moons" in capsys.readouterr().out
 
 
+def test_a_study_starts_every_way_from_the_same_network(tmp_path):
+    config = dataclasses.replace(two_moons.parse(["--smoke", "--out", str(tmp_path)]), epochs=1)
+    before, after = two_moons.study(config)
+    again = two_moons.train(two_moons.begin(config, 0), config, 0)
+    assert before[0].losses == again.losses
+    assert {name: len(runs) for name, runs in after.items()} == dict.fromkeys(two_moons.COLOURS, 1)
+
+
 def test_shared_values_stay_shared_and_codes_stay(tmp_path):
     config = dataclasses.replace(two_moons.parse(["--smoke", "--out", str(tmp_path)]), epochs=3)
-    points, _ = two_moons.moons(config)
-    params = two_moons.Classifier(config.widths).init(jax.random.key(0), points[:1])["params"]
+    params = two_moons.begin(config, 0)
     small = jaxvq.quantize_params(params, config.spec, key=jax.random.key(1))
     shared = two_moons.train(small, config, seed=0)
     free = two_moons.train(jaxvq.dequantize_params(small), config, seed=0)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,6 +65,19 @@ def test_a_transformer_learns_a_pattern():
     words = np.tile(np.array([1, 2, 3], np.int32), 200)
     params = language.train_model(words, config, seed=0)
     assert language.perplexity(params, words, config) < 1.5
+
+
+def test_a_table_with_enough_entries_predicts_as_well(rng):
+    config = vq_basics.parse(["--smoke"])
+    words = rng.integers(0, config.language.vocabulary, 400)
+    table = language.Transformer(config.language).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    few = 0.3 * rng.normal(size=4)
+    table["embedding"] = jnp.asarray(few[rng.integers(0, 4, table["embedding"].shape)], jnp.float32)
+    exact = vq_basics.embedding_row(table, words, None, config)
+    same = vq_basics.embedding_row(table, words, jaxvq.KMeans(k=4), config)
+    assert (exact["bits_per_weight"], exact["nbytes"]) == (32, table["embedding"].nbytes)
+    assert same["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-5)
+    assert same["nbytes"] < exact["nbytes"]
 
 
 @pytest.mark.parametrize("missing", ["no such file"])
