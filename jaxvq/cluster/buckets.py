@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 _EXACT_ABOVE = 2**22
+_SIZES_ALONE = (2**9, 2**16)
+_LEAST_OF_SEVERAL = 2**4
 
 
 def bucket(n: int) -> int:
@@ -27,9 +29,20 @@ def bucket(n: int) -> int:
 def pad_problems(
     points: Shaped[Array, "p n *d"], weights: Float[Array, "p n *w"] | None
 ) -> tuple[Shaped[Array, "p1 n1 *d"], Float[Array, "p1 n1 *w"] | None]:
-    """Pads `p` clustering problems of `n` points to bucket sizes; the padding has weight 0."""
+    """Pads `p` clustering problems of `n` points, so that few shapes are left; the padding has weight 0.
+
+    Small problems that come alone are padded to one size: a program takes longer to compile than to run on them.
+    Several are padded to a number that their size decides, unless there are more of them.
+    """
     p, n = points.shape[:2]
-    pads = ((0, bucket(p) - p), (0, bucket(n) - n))
+    size = bucket(n)
+    if p == 1:
+        rows, size = 1, _SIZES_ALONE[0] if n <= _SIZES_ALONE[0] else max(size, _SIZES_ALONE[1])
+    else:
+        size = max(size, _LEAST_OF_SEVERAL)
+        rows = max(1, _EXACT_ABOVE // size)
+        rows = rows if p <= rows else bucket(p)
+    pads = ((0, rows - p), (0, size - n))
     return jax.tree.map(lambda a: jnp.pad(a, (*pads, *((0, 0),) * (a.ndim - 2))), (points, weights))
 
 

@@ -247,7 +247,7 @@ def _least_packed_in_one_loop(
     start = jnp.pad(start, (0, padding), constant_values=FAR)
 
     def some(block: Array, least: Int32[Array, " n"]) -> Int32[Array, " n"]:
-        first = block * CENTROIDS_UNROLLED
+        first = block.astype(jnp.int32) * CENTROIDS_UNROLLED
         rows = lax.dynamic_slice_in_dim(table, first, CENTROIDS_UNROLLED)
         starts = lax.dynamic_slice_in_dim(start, first, CENTROIDS_UNROLLED)
         for i in range(CENTROIDS_UNROLLED):

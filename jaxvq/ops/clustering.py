@@ -19,6 +19,8 @@ EXPONENT = 8
 ENTRIES_MOST = 1024
 ROUNDS = 2
 ITERATIONS = 100
+COPIES_MOST = 256
+NUMBERS_APART = 2**15  # so many can be added to at once without waiting
 PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
 
 
@@ -106,14 +108,14 @@ def sums_by_code(
     `axis_name` the rows of all devices along that mesh axis are added up.
     """
     n, e = values.shape
-    zeros = jnp.zeros((k, e, 2), jnp.uint32)
+    copies = max(1, min(COPIES_MOST, NUMBERS_APART // (k * e)))
+    zeros = jnp.zeros((copies, k, e, 2), jnp.uint32)
     operands = values, codes, scales, jnp.array([n], jnp.int32), zeros
     blocks = max(1, min(PROCESSORS * 16, -(-n * e // 256)))
+    constants = {"WIDTH": e, "ENTRIES": k, "COPIES": copies}
     result = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
-    whole = cuda.launch("sums", {"WIDTH": e}, result, *operands, blocks=blocks, threads=256, overwrites=4)
-    low, high = whole[..., 0], whole[..., 1]
-    if axis_name is not None:
-        low, high = sum_whole(low, high, axis_name)
+    whole = cuda.launch("sums", constants, result, *operands, blocks=blocks, threads=256, overwrites=4)
+    low, high = sum_whole(whole[..., 0], whole[..., 1], axis_name)
     negative = high >= jnp.uint32(2**31)
     low, high = jnp.where(negative, ~low, low), jnp.where(negative, ~high, high)
     size = high.astype(jnp.float32) * 2.0**32 + low.astype(jnp.float32)
@@ -121,12 +123,15 @@ def sums_by_code(
 
 
 def sum_whole(
-    low: UInt32[Array, "*shape"], high: UInt32[Array, "*shape"], axis_name: str
+    low: UInt32[Array, "copies *shape"], high: UInt32[Array, "copies *shape"], axis_name: str | None = None
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
-    """Adds up the 64-bit numbers of all devices, given as halves, in pieces of 16 bits that have room to carry."""
-    pieces = [low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16]
+    """Adds up 64-bit numbers, given as halves, over the first axis and all devices along a mesh axis.
+
+    They are added in pieces of 16 bits, which leaves room to carry for 65,536 of them.
+    """
+    pieces = [jnp.sum(piece, axis=0) for piece in (low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16)]
     digits, carry = [], jnp.uint32(0)
-    for total in lax.psum(pieces, axis_name):
+    for total in pieces if axis_name is None else lax.psum(pieces, axis_name):
         digits.append((total + carry) & 0xFFFF)
         carry = (total + carry) >> 16
     return digits[0] | digits[1] << 16, digits[2] | digits[3] << 16

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,12 +13,27 @@ def test_bucket(n, size):
     assert bucket(n) == size
 
 
+@pytest.mark.parametrize(
+    ("problems", "n", "shape"),
+    [(3, 5, (2**18, 16)), (3, 300, (2**12, 2**10)), (5000, 300, (2**14, 2**10)), (2, 2**23, (4, 2**23))],
+)
+def test_several_problems_of_a_size_share_a_shape(problems, n, shape):
+    points = jax.ShapeDtypeStruct((problems, n), jnp.float32)
+    padded, _ = jax.eval_shape(pad_problems, points, None)
+    assert padded.shape == shape
+
+
+@pytest.mark.parametrize(("n", "size"), [(5, 512), (600, 2**16), (70_000, 2**18), (2**23, 2**23)])
+def test_small_problems_alone_share_a_shape(n, size):
+    padded, _ = jax.eval_shape(pad_problems, jax.ShapeDtypeStruct((1, n), jnp.float32), None)
+    assert padded.shape == (1, size)
+
+
 def test_padding_has_no_weight():
-    points, weights = pad_problems(jnp.ones((3, 5, 2)), jnp.ones((3, 5)))
-    assert points.shape == (4, 16, 2)
-    assert weights.shape == (4, 16)
-    assert float(weights.sum()) == 15
-    assert float(points.sum()) == 30
+    points, weights = pad_problems(jnp.ones((3, 500, 2)), jnp.ones((3, 500)))
+    assert points.shape[:2] == weights.shape
+    assert float(weights.sum()) == 1500
+    assert float(points.sum()) == 3000
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 100])

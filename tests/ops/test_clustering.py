@@ -63,13 +63,23 @@ def test_without_the_compiler_nothing_is_supported():
     assert not clustering.supports_nearest(8, exact=True) or cuda.compiler() is not None
 
 
+WHOLE = np.array([[2**40 + 7, -5, 2**32 - 1, -(2**50)], [2**41 - 9, 3, 1, -(2**33) - 1]], np.int64)
+
+
+def joined(low, high):
+    return np.stack([np.asarray(low), np.asarray(high)], axis=-1).astype(np.uint32).reshape(-1).view(np.int64)
+
+
 def test_whole_numbers_of_64_bits_are_added_with_their_carries():
-    values = np.array([[2**40 + 7, -5, 2**32 - 1, -(2**50)], [2**41 - 9, 3, 1, -(2**33) - 1]], np.int64)
-    halves = values.view(np.uint32).reshape(2, 4, 2)
-    add = jax.vmap(lambda part: clustering.sum_whole(part[:, 0], part[:, 1], "rows"), axis_name="rows")
-    low, high = add(jnp.asarray(halves))
-    got = np.stack([np.asarray(low)[0], np.asarray(high)[0]], axis=-1).astype(np.uint32).reshape(-1).view(np.int64)
-    np.testing.assert_array_equal(got, values.sum(axis=0))
+    halves = jnp.asarray(WHOLE.view(np.uint32).reshape(2, 4, 2))
+    np.testing.assert_array_equal(joined(*clustering.sum_whole(halves[..., 0], halves[..., 1])), WHOLE.sum(axis=0))
+
+
+def test_whole_numbers_of_several_devices_are_added_too():
+    halves = jnp.asarray(WHOLE.view(np.uint32).reshape(2, 1, 4, 2))
+    add = jax.vmap(lambda part: clustering.sum_whole(part[..., 0], part[..., 1], "devices"), axis_name="devices")
+    low, high = add(halves)
+    np.testing.assert_array_equal(joined(low[0], high[0]), WHOLE.sum(axis=0))
 
 
 def test_scales_are_powers_of_two_that_leave_room_for_the_sums():

@@ -165,3 +165,21 @@ def test_kernels_run_inside_loops_and_maps():
     one_by_one = np.stack([nearest(x, c) for x, c in zip(points, codebook, strict=True)])
     np.testing.assert_array_equal(jax.vmap(nearest)(points, codebook), one_by_one)
     np.testing.assert_array_equal(lax.map(lambda both: nearest(*both), (points, codebook)), one_by_one)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device")
+def test_points_spread_over_gpus_give_the_bits_of_one():
+    points, start = jnp.asarray(normal(16, 400_000, 8)), jnp.asarray(normal(17, 256, 8))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    fit = jax.shard_map(
+        lambda points, start: lloyd.kmeans(points, start, iterations=20, axis_name="data"),
+        mesh=mesh,
+        in_specs=(spread, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    together = jax.jit(fit)(jax.device_put(points, jax.sharding.NamedSharding(mesh, spread)), start)
+    alone = lloyd.kmeans(points, start, iterations=20)
+    np.testing.assert_array_equal(np.asarray(together), np.asarray(alone))
+    np.testing.assert_array_equal(nearest(points, np.asarray(together)), nearest(points, alone))
