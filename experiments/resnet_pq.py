@@ -254,7 +254,8 @@ def weighed(config: Config, model: ResNet20, variables: Variables, dataset: Data
 def without_training(study: Study) -> list[Result]:
     """Palettes per channel, and the recipes: as the clustering leaves them."""
     smoke = study.config.smoke
-    names, ways = ((FOUR_BITS,), (WEIGHED,)) if smoke else ((FOUR_BITS, *study.config.recipes), (PLAIN, WEIGHED))
+    recipes = study.config.recipes
+    names, ways = (recipes, (WEIGHED,)) if smoke else ((FOUR_BITS, *recipes), (PLAIN, WEIGHED))
     results = []
     for name, way in study.progress("without training")([(name, way) for name in names for way in ways]):
         began = time.perf_counter()
