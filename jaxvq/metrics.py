@@ -166,7 +166,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=1000, color_system=None)
+        console = Console(file=io.StringIO(), width=1000, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int32, Shaped
 _EXACT_ABOVE = 2**22
 _SIZES_ALONE = (2**9, 2**16)
 _LEAST_OF_SEVERAL = 2**4
+_SIZE_OF_FEW = 2**10
+_VALUES_OF_FEW = 2**16
 
 
 def bucket(n: int) -> int:
@@ -31,15 +33,15 @@ def pad_problems(
 ) -> tuple[Shaped[Array, "p1 n1 *d"], Float[Array, "p1 n1 *w"] | None]:
     """Pads `p` clustering problems of `n` points, so that few shapes are left; the padding has weight 0.
 
-    Small problems that come alone are padded to one size: a program takes longer to compile than to run on them.
-    Several are padded to a number that their size decides, unless there are more of them.
+    Few small problems are padded to one size: a program takes longer to compile than to run on them. How many
+    problems there are is padded to a number that their size decides, unless there are more of them.
     """
     p, n = points.shape[:2]
     size = bucket(n)
     if p == 1:
         rows, size = 1, _SIZES_ALONE[0] if n <= _SIZES_ALONE[0] else max(size, _SIZES_ALONE[1])
     else:
-        size = max(size, _LEAST_OF_SEVERAL)
+        size = max(size, _LEAST_OF_SEVERAL, min(_SIZE_OF_FEW, bucket(_VALUES_OF_FEW // p)))
         rows = max(1, _EXACT_ABOVE // size)
         rows = rows if p <= rows else bucket(p)
     pads = ((0, rows - p), (0, size - n))

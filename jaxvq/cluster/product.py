@@ -3,15 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxvq.cluster.init import kmeans_plus_plus
-from jaxvq.cluster.kmeans import kmeans
+from jaxvq.cluster.kmeans import lloyd
 from jaxvq.ops.nearest import chunk_length
 
 
-@functools.partial(jax.jit, static_argnames=("k", "iterations"))
+@functools.partial(jax.jit, static_argnames=("k", "iterations", "restarts"))
 def fit_product(
     key: Array,
     points: Shaped[Array, "p n d"],
@@ -20,6 +21,8 @@ def fit_product(
     iterations: int,
     weights: Shaped[Array, "p n"] | Shaped[Array, "p n d"] | None = None,
     count: Int[Array, ""] | int | None = None,
+    restarts: int = 1,
+    tolerance: float = 0.0,
 ) -> Float[Array, "p k d"]:
     """Fits a codebook to each of `p` sets of vectors: k-means++, then k-means.
 
@@ -32,6 +35,8 @@ def fit_product(
       iterations: iterations of k-means.
       weights: how much each point counts, `[p, n]`, or each of its coordinates, `[p, n, d]`; weight 0 is padding.
       count: only this many leading points of each set are real; it may be traced.
+      restarts: from how many starts to cluster; the codebook of the least distortion is kept.
+      tolerance: as for `kmeans`.
 
     Returns:
       Codebooks `[p, k, d]` in float32.
@@ -45,8 +50,16 @@ def fit_product(
     def fit(problem: tuple[Array, Array, Array | None]) -> Float[Array, "k d"]:
         key, x, w = problem
         mass = None if w is None else w.reshape(n, -1).mean(axis=1)
-        start = kmeans_plus_plus(key, x, k, weights=mass, count=count)
-        return kmeans(x, start, weights=w, iterations=iterations, count=count)
+        per_point = jnp.ones(n, jnp.float32) if w is None else w
+
+        def attempt(key: Array) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
+            start = kmeans_plus_plus(key, x, k, weights=mass, count=count)
+            return lloyd(x, start, per_point, iterations, n if count is None else count, tolerance)
+
+        if restarts == 1:
+            return attempt(key)[0]
+        codebooks, distortions = lax.map(attempt, jax.random.split(key, restarts))
+        return codebooks[jnp.argmin(distortions)]
 
     keys = jax.random.split(key, sets)
     if sets == 1:  # a map would copy the points

@@ -15,7 +15,13 @@ def test_bucket(n, size):
 
 @pytest.mark.parametrize(
     ("problems", "n", "shape"),
-    [(3, 5, (2**18, 16)), (3, 300, (2**12, 2**10)), (5000, 300, (2**14, 2**10)), (2, 2**23, (4, 2**23))],
+    [
+        (3, 5, (2**12, 2**10)),
+        (9000, 5, (2**18, 2**4)),
+        (3, 300, (2**12, 2**10)),
+        (5000, 300, (2**14, 2**10)),
+        (2, 2**23, (4, 2**23)),
+    ],
 )
 def test_several_problems_of_a_size_share_a_shape(problems, n, shape):
     points = jax.ShapeDtypeStruct((problems, n), jnp.float32)

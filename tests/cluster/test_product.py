@@ -28,6 +28,16 @@ def test_sets_are_independent():
     np.testing.assert_array_equal(changed[:2], codebooks[:2])
 
 
+def test_the_best_of_several_starts_is_kept():
+    points = jax.random.normal(jax.random.key(2), (1, 500, 2))
+    keys = [jax.random.key(i) for i in range(6)]
+    fit = jax.jit(fit_product, static_argnums=2, static_argnames=("iterations", "restarts"))
+    once = [distortion(points[0], fit(key, points, 12, iterations=8)[0]) for key in keys]
+    several = [distortion(points[0], fit(key, points, 12, iterations=8, restarts=8)[0]) for key in keys]
+    assert np.mean(several) < np.mean(once)
+    assert max(several) < np.median(once)
+
+
 @pytest.mark.parametrize("shape", [(1, 400), (1, 400, 2)])
 def test_padding_by_weight_or_count_is_never_seen(shape):
     points = jax.random.normal(jax.random.key(0), (1, 400, 2)).at[0, 300:].set(1e4)

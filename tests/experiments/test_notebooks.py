@@ -94,7 +94,8 @@ def test_first_cell_installs_only_on_colab_and_only_what_is_missing(path, missin
 
 
 @every_notebook
-def test_runs_on_small_data(path, monkeypatch):
+def test_runs_on_small_data(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # nothing stays behind
     for name in ("TFDS_DATA_DIR", "JAXVQ_CIFAR10_DIR"):
         monkeypatch.delenv(name, raising=False)
     notebook = read(path)
