@@ -37,7 +37,8 @@ def kmeans(
     centroid without points takes over half of the most populated cluster.
 
     On NVIDIA's chips, with `jaxvq[cuda]` and one weight per point, two kernels do an iteration; sums are of whole
-    numbers, so that the same points give the same bits, on one device or on several.
+    numbers, so that the same points give the same bits, on one device or on several. There vectors of more than 16
+    values are assigned as rounded to 11 bits, and their means are exact.
 
     Args:
       points: `[n, d]`.
@@ -143,7 +144,8 @@ def _by_kernels(
     values = jnp.concatenate([w, w * x, w * jnp.sum(x**2, axis=1, keepdims=True)], axis=1)
     scales = clustering.sum_scales(values, axis_name)
     start = centroids.astype(jnp.float32) - centre
-    largest = jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(start)))
+    largest = clustering.size_of(x, start)
+    largest = largest if axis_name is None else lax.pmax(largest, axis_name)
 
     def move(centroids: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
         codes = clustering.nearest(x, centroids, largest=largest, exact=False, count=count)

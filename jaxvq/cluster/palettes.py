@@ -49,7 +49,7 @@ def fit_palettes(
     )
     arguments = values, weights, real_rows, real_values
     some_at_a_time = functools.partial(_some_at_a_time, k=k)
-    if clustering.supports_palettes(k):
+    if clustering.supports_palettes(k, min(_edges(k), n)):
         by_kernel = functools.partial(_by_kernel, k=k)
         return jax.lax.platform_dependent(*arguments, cuda=by_kernel, default=some_at_a_time)
     return some_at_a_time(*arguments)
@@ -71,6 +71,11 @@ def _some_at_a_time(
     return map_problems(lambda x, w: kmeans1d(x, k, weights=w * inside), problems, at_once, values, weights)
 
 
+def _edges(k: int) -> int:
+    """How many intervals the candidate cuts make."""
+    return min(max(EDGES_PER_ENTRY * k, EDGES_LEAST), EDGES_MOST)
+
+
 def _by_kernel(
     values: Shaped[Array, "p n"],
     weights: Float[Array, "p n"] | None,
@@ -80,7 +85,7 @@ def _by_kernel(
 ) -> Float[Array, "p k"]:
     n = values.shape[1]
     inside = jnp.broadcast_to(jnp.arange(n) < count, values.shape)
-    mass = inside.astype(jnp.float32) if weights is None else jnp.where(inside, weights, 0)
+    mass = inside.astype(jnp.float32) if weights is None else jnp.where(inside, weights.astype(jnp.float32), 0)
     x = jnp.where(mass > 0, values.astype(jnp.float32), jnp.inf)
     if weights is None:
         x, w = jnp.sort(x, axis=1), None
@@ -88,7 +93,7 @@ def _by_kernel(
         x, w = jax.lax.sort((x, mass), num_keys=1)
         mass = w
     x = jnp.minimum(x, jnp.max(jnp.where(mass > 0, x, -jnp.inf), axis=1, keepdims=True))  # padding follows the last
-    grid = min(max(EDGES_PER_ENTRY * k, EDGES_LEAST), EDGES_MOST)
+    grid = _edges(k)
     if grid >= n:
         edges = jnp.broadcast_to(jnp.arange(n + 1, dtype=jnp.int32), (values.shape[0], n + 1))
     else:

@@ -1,7 +1,7 @@
 """What k-means spends its time on, as kernels for NVIDIA's chips (compute capability 8.0 and later).
 
 Each has its XLA twin where it is used, which serves everywhere else: `nearest` in `ops/nearest.py`, `sums_by_code` in
-`cluster/kmeans.py`, `palettes` in `cluster/scalar.py`.
+`cluster/kmeans.py`, `palettes` in `cluster/palettes.py`.
 """
 
 import jax
@@ -16,6 +16,7 @@ WARPS = 8
 ROUNDED_ABOVE = 16
 STEPS_MOST = 16
 EXPONENT = 8
+FAR_OUTSIDE = 64
 ENTRIES_MOST = 1024
 ROUNDS = 2
 ITERATIONS = 100
@@ -26,12 +27,17 @@ PROCESSORS = 132  # of an H100; more blocks of threads than run at once only tak
 
 def supports_nearest(d: int, *, exact: bool) -> bool:
     """Whether there is a kernel, on this machine, for vectors of `d` values."""
-    return cuda.compiler() is not None and _steps(d, exact) <= STEPS_MOST
+    return cuda.compiler() is not None and cuda.shared_nbytes() > 0 and _steps(d, exact) <= STEPS_MOST
 
 
-def supports_palettes(k: int) -> bool:
-    """Whether there is a kernel, on this machine, for palettes of `k` entries."""
-    return cuda.compiler() is not None and k <= ENTRIES_MOST
+def supports_palettes(k: int, grid: int) -> bool:
+    """Whether there is a kernel, on this machine, for palettes of `k` entries whose cuts are chosen from a grid."""
+    return cuda.compiler() is not None and k <= ENTRIES_MOST and _palette_nbytes(k, grid) <= cuda.shared_nbytes()
+
+
+def _palette_nbytes(k: int, grid: int) -> int:
+    """Shared memory for a row: moments, least errors and edges of the grid; moments, centroids and cuts."""
+    return (5 * 8 + 4) * (grid + 1) + 36 * (k + 1) + 64
 
 
 def _passes(d: int, exact: bool) -> int:
@@ -55,7 +61,7 @@ def nearest(
     Args:
       points: `[n, d]`.
       codebook: `[k, d]`.
-      largest: no value is larger.
+      largest: about the size of the largest value; what is over 200 times larger counts as that.
       exact: with float32's digits. Otherwise values of vectors of more than 16 are rounded to 11 bits, as in
         half precision or TF32: three times as fast, and next to the distances of so many values that is little.
       count: only this many leading points need a code.
@@ -64,7 +70,7 @@ def nearest(
     passes, steps = _passes(d, exact), _steps(d, exact)
     chunk = 16 if steps <= 4 else 8 if steps <= 8 else 4
     row_tiles = 4 if steps == 1 else 2 if steps <= 8 else 1
-    group = 8 if k > 1024 else 2
+    group = min(8 if k > 1024 else 2, chunk)
     tiles = -(-k // (8 * chunk)) * chunk
     # Half precision reaches from 2**-24 to 2**16, and a power of two keeps every digit.
     scale = scale_up_to(largest, EXPONENT)
@@ -86,9 +92,16 @@ def nearest(
     return cuda.launch("nearest", constants, result, *operands, blocks=blocks, threads=32 * WARPS)
 
 
+def size_of(points: Float[Array, "n d"], codebook: Float[Array, "k d"]) -> Float[Array, ""]:
+    """The largest size of a value, but for points far outside the codebook, which must not cost the others digits."""
+    sizes = jnp.abs(points)
+    largest = jnp.max(jnp.where(sizes < jnp.inf, sizes, 0), initial=0)
+    return jnp.minimum(largest, FAR_OUTSIDE * jnp.max(jnp.abs(codebook), initial=0))
+
+
 def sum_scales(values: Float[Array, "n e"], axis_name: str | None = None) -> Float[Array, " e"]:
     """What to multiply each column by, a power of two, so that its sums fit into 62 bits."""
-    largest, rows = jnp.max(jnp.abs(values), axis=0), values.shape[0]
+    largest, rows = jnp.max(jnp.abs(values), axis=0, initial=0), values.shape[0]
     if axis_name is not None:
         largest, rows = lax.pmax(largest, axis_name), rows * lax.axis_size(axis_name)
     return scale_up_to(largest, 62 - (rows - 1).bit_length())
@@ -129,7 +142,9 @@ def sum_whole(
 
     They are added in pieces of 16 bits, which leaves room to carry for 65,536 of them.
     """
-    pieces = [jnp.sum(piece, axis=0) for piece in (low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16)]
+    pieces = [
+        jnp.sum(piece, axis=0, dtype=jnp.uint32) for piece in (low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16)
+    ]
     digits, carry = [], jnp.uint32(0)
     for total in pieces if axis_name is None else lax.psum(pieces, axis_name):
         digits.append((total + carry) & 0xFFFF)
@@ -162,7 +177,7 @@ def palettes(
     (p, n), grid = values.shape, edges.shape[1] - 1
     threads = min(1024, max(128, -(-grid // 32) * 32))
     shared_nbytes = (5 * 8 + 4) * (grid + 1)
-    at_once = max(1, min(2048 // threads, cuda.SHARED_NBYTES // (shared_nbytes + 40 * k)))
+    at_once = max(1, min(2048 // threads, cuda.shared_nbytes() // _palette_nbytes(k, grid)))
     blocks = min(p, PROCESSORS * at_once)
     constants = {
         "ENTRIES": k,

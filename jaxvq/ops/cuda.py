@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 ARCHITECTURE = "compute_80"  # the oldest that has every instruction used; drivers compile it for their chip
-SHARED_NBYTES = 227 * 1024  # that one block of threads can have on an H100
+SHARED_KIB = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "12.0": 99, "12.1": 99}  # that a block of threads can have
+SHARED_KIB_OF_OTHERS = 227  # as on an H100
 
 
 @functools.cache
@@ -26,6 +27,21 @@ def compiler() -> Any:
     except (ImportError, RuntimeError, OSError):
         return None
     return nvrtc
+
+
+@functools.cache
+def shared_nbytes() -> int:
+    """Bytes of shared memory that a block of threads can have on the GPU here; 0 where it is too old for the kernels.
+
+    Without a GPU, as when a program is exported, those of an H100.
+    """
+    try:
+        capability = str(jax.local_devices(backend="gpu")[0].compute_capability)
+    except (RuntimeError, AttributeError):
+        return 1024 * SHARED_KIB_OF_OTHERS
+    if int(capability.split(".")[0]) < 8:
+        return 0
+    return 1024 * SHARED_KIB.get(capability, SHARED_KIB_OF_OTHERS)
 
 
 @functools.cache

@@ -84,6 +84,7 @@ def vq(observations: Numbers, codebook: Numbers) -> tuple[Int32[Array, " n"], Fl
 
 @jax.jit
 def _nearest(points: Array, codebook: Array, weights: Array | None) -> Int32[Array, " n"]:
+    points, codebook, weights = lax.stop_gradient((points, codebook, weights))  # codes have none
     d = points.shape[1]
     if weights is None and d > 1 and clustering.supports_nearest(d, exact=True):
         return lax.platform_dependent(points, codebook, weights, cuda=_by_kernel, default=_by_chunks)
@@ -94,8 +95,7 @@ def _by_kernel(points: Array, codebook: Array, weights: None) -> Int32[Array, " 
     codebook = codebook.astype(jnp.float32)
     centre = codebook.mean(axis=0)
     x, table = points.astype(jnp.float32) - centre, codebook - centre
-    largest = jnp.maximum(jnp.max(jnp.abs(x), initial=0), jnp.max(jnp.abs(table)))
-    return clustering.nearest(x, table, largest=largest, exact=True)
+    return clustering.nearest(x, table, largest=clustering.size_of(x, table), exact=True)
 
 
 def _by_chunks(points: Array, codebook: Array, weights: Array | None) -> Int32[Array, " n"]:

@@ -11,7 +11,7 @@ import pytest
 from jaxvq.cluster.kmeans import kmeans
 from jaxvq.cluster.palettes import fit_palettes
 from jaxvq.ops import clustering, cuda
-from jaxvq.ops.nearest import nearest
+from jaxvq.ops.nearest import nearest, vq
 
 POINTS, CODEBOOK = jax.ShapeDtypeStruct((500, 8), "float32"), jax.ShapeDtypeStruct((32, 8), "float32")
 PROGRAMS = {
@@ -40,7 +40,8 @@ def fake_compiler(monkeypatch):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_without_kernels_are_the_same_for_every_accelerator(name, platform):
+def test_programs_without_the_compiler_have_no_kernels(name, platform, monkeypatch):
+    monkeypatch.setattr(cuda, "compiler", lambda: None)
     assert "__gpu$xla.gpu.ptx" not in lowered(name, platform)
 
 
@@ -56,11 +57,37 @@ def test_what_no_kernel_is_for_takes_the_plain_program(fake_compiler):
     assert not clustering.supports_nearest(300, exact=False)
     assert clustering.supports_nearest(128, exact=False)
     assert not clustering.supports_nearest(128, exact=True)
-    assert not clustering.supports_palettes(5000)
+    assert not clustering.supports_palettes(5000, 4096)
 
 
-def test_without_the_compiler_nothing_is_supported():
-    assert not clustering.supports_nearest(8, exact=True) or cuda.compiler() is not None
+def test_without_the_compiler_nothing_is_supported(monkeypatch):
+    monkeypatch.setattr(cuda, "compiler", lambda: None)
+    assert not clustering.supports_nearest(8, exact=True)
+    assert not clustering.supports_palettes(16, 256)
+
+
+@pytest.mark.parametrize(
+    ("capability", "nearest_runs", "palette_runs"),
+    [("7.5", False, (False, False)), ("8.6", True, (True, False)), ("9.0", True, (True, True))],
+)
+def test_what_a_chip_can_do(capability, nearest_runs, palette_runs, fake_compiler, monkeypatch):
+    chip = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [chip])
+    monkeypatch.setattr(cuda, "shared_nbytes", cuda.shared_nbytes.__wrapped__)
+    assert clustering.supports_nearest(8, exact=True) == nearest_runs
+    assert (clustering.supports_palettes(16, 256), clustering.supports_palettes(256, 4096)) == palette_runs
+
+
+def test_codes_have_no_gradient_with_kernels_either(fake_compiler):
+    jax.clear_caches()
+    text = str(jax.make_jaxpr(jax.grad(lambda x: vq(x, jnp.eye(8))[1].sum()))(jnp.ones((5, 8))))
+    assert "the assembly of nearest" in text
+
+
+def test_a_point_far_outside_does_not_decide_the_scale():
+    points, codebook = jnp.array([[1.0, -2.0], [jnp.inf, 1e20]]), jnp.array([[0.5, -1.5]])
+    assert clustering.size_of(points, codebook) == 64 * 1.5
+    assert clustering.size_of(points[:1], codebook) == 2
 
 
 WHOLE = np.array([[2**40 + 7, -5, 2**32 - 1, -(2**50)], [2**41 - 9, 3, 1, -(2**33) - 1]], np.int64)
@@ -70,9 +97,13 @@ def joined(low, high):
     return np.stack([np.asarray(low), np.asarray(high)], axis=-1).astype(np.uint32).reshape(-1).view(np.int64)
 
 
-def test_whole_numbers_of_64_bits_are_added_with_their_carries():
-    halves = jnp.asarray(WHOLE.view(np.uint32).reshape(2, 4, 2))
-    np.testing.assert_array_equal(joined(*clustering.sum_whole(halves[..., 0], halves[..., 1])), WHOLE.sum(axis=0))
+@pytest.mark.parametrize("x64", [False, True])
+def test_whole_numbers_of_64_bits_are_added_with_their_carries(x64):
+    with jax.enable_x64(x64):
+        halves = jnp.asarray(WHOLE.view(np.uint32).reshape(2, 4, 2))
+        low, high = clustering.sum_whole(halves[..., 0], halves[..., 1])
+    assert low.dtype == high.dtype == jnp.uint32
+    np.testing.assert_array_equal(joined(low, high), WHOLE.sum(axis=0))
 
 
 def test_whole_numbers_of_several_devices_are_added_too():

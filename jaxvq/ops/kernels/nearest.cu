@@ -4,10 +4,13 @@
 // codebook, 8 vectors (a tile) at a time.
 //
 // With PASSES 3 a value is split in two half-precision numbers, and x.c = hi.hi + lo.hi + hi.lo has float32's digits.
-// The least score and which group of tiles had it are kept; at the end the group's vectors are compared again, in
-// float32 and by differences. With PASSES 1 values are rounded to half precision, and the least score decides.
+// The least score and which group of tiles had it are kept; at the end the lane that had it compares its vectors of
+// the group again, in float32 and by differences. With PASSES 1 values are rounded to half precision, and the least
+// score decides.
 //
 // Compiled with: DIM, PASSES, STEPS (columns of features / 16), ROW_TILES, CHUNK (tiles staged at once), GROUP.
+
+static_assert(CHUNK % GROUP == 0, "a group must end where a chunk ends");
 
 #define WARPS 8
 #define POINTS_PER_BLOCK (WARPS * ROW_TILES * 16)
@@ -28,7 +31,7 @@ __device__ __forceinline__ unsigned feature(const float* __restrict__ points, in
                                             float scale) {
   const int part = column / DIM;
   if (point >= count || part >= PASSES) return 0;
-  const float x = points[(long long)point * DIM + column % DIM] * scale;
+  const float x = fminf(fmaxf(points[(long long)point * DIM + column % DIM] * scale, -65504.f), 65504.f);
   const unsigned short high = as_half(x);
   return part == 1 ? as_half(x - as_float(high)) : high;
 }

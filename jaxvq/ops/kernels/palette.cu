@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) palette(
     for (int edge = threadIdx.x; edge <= GRID; edge += THREADS) edges[edge] = first_edges[edge];
     __syncthreads();
     for (int round = 0; round < ROUNDS; ++round) {
-      if (round) {  // the next candidates lie around the cuts, the closer the denser, as far as half the way to the next
+      if (round) {  // the next candidates lie around the cuts, the closer the denser, up to half the way to the next
         const int per_cut = GRID / ENTRIES, half = per_cut / 2;
         for (int edge = threadIdx.x; edge <= GRID; edge += THREADS) {
           const int cut = min((edge + half) / per_cut, ENTRIES), step = edge - cut * per_cut;
@@ -130,7 +130,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) palette(
       for (int iteration = 0;; ++iteration) {
         for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
           const Moments part = at_cut[entry + 1] - at_cut[entry];
-          centroids[entry] = part.mass > 0 ? part.first / part.mass : values[min(cuts[entry], count - 1)] - origin;
+          const double low = values[max(min(cuts[entry], count - 1), 0)] - origin;
+          const double high = values[max(cuts[entry + 1] - 1, 0)] - origin;
+          // What is left of sums and differences may be no mean of its values.
+          centroids[entry] = part.mass > 0 ? fmax(low, fmin(part.first / part.mass, high)) : low;
         }
         if (threadIdx.x == 0) moved = 0;
         __syncthreads();
