@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.clustering_race import Contender, Fit, float32_lloyd
-from jaxvq.cluster.kmeans import _by_chunks, kmeans
+from jaxvq.cluster.kmeans import iterate, kmeans, moments_by_chunks
 from jaxvq.cluster.palettes import fit_palettes
 from jaxvq.cluster.product import fit_product
 from jaxvq.cluster.scalar import kmeans1d
@@ -109,7 +109,7 @@ def plain_xla(points: Float[Array, "p n d"], start: Float[Array, "p k d"], runs:
 
     def prepare() -> Fit:
         p, n, _ = points.shape
-        lloyd = functools.partial(_by_chunks, axis_name=None)
+        lloyd = functools.partial(iterate, moments_by=moments_by_chunks, axis_name=None)
         arguments = points, start, jnp.ones((p, n), jnp.float32)
         if p == 1:  # a map over one set could be slower than the set
             program, arguments = jax.jit(lloyd), tuple(array[0] for array in arguments)

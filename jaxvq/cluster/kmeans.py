@@ -18,6 +18,7 @@ CENTROIDS_UNROLLED = 8
 POINTS_UNROLLED = 2**13
 FAR = 1e38
 
+Moments = Callable[[Float[Array, "k d"]], Float[Array, "k e"]]
 State = tuple[Int32[Array, ""], Float[Array, "k d"], Float[Array, ""], Float[Array, ""]]
 
 
@@ -69,99 +70,45 @@ def kmeans(
             f"`weights` must be {points.shape[:1]} or {points.shape} like `points`, got {weights.shape}; "
             "pass one per point or one per coordinate"
         )
-    per_point = jnp.ones(points.shape[:1], jnp.float32) if weights is None else weights
-    count = points.shape[0] if count is None else count
-    return lloyd(points, centroids, per_point, iterations, count, tolerance, axis_name)[0]
+    return lloyd(points, centroids, weights, iterations, count, tolerance, axis_name)[0]
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def lloyd(
     points: Array,
     centroids: Array,
-    weights: Array,
+    weights: Array | None,
     iterations: Array,
-    count: Array,
+    count: Array | None,
     tolerance: Array,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
     """`kmeans`, and the sum of the weighted squared distances in its last iteration."""
-    d = points.shape[1]
+    n, d = points.shape
+    weights = jnp.ones(n, jnp.float32) if weights is None else weights
+    count = jnp.asarray(n) if count is None else count
     arguments = points, centroids, weights, iterations, count, tolerance
-    by_chunks = functools.partial(_by_chunks, axis_name=axis_name)
+    by_chunks = functools.partial(iterate, moments_by=moments_by_chunks, axis_name=axis_name)
     if (weights.ndim == 1 or d == 1) and clustering.supports_nearest(d, exact=False):
-        by_kernels = functools.partial(_by_kernels, axis_name=axis_name)
+        by_kernels = functools.partial(iterate, moments_by=moments_by_kernels, axis_name=axis_name)
         return lax.platform_dependent(*arguments, cuda=by_kernels, default=by_chunks)
     return by_chunks(*arguments)
 
 
-def _by_chunks(
+def iterate(
     points: Array,
     centroids: Array,
     weights: Array,
     iterations: Array,
     count: Array,
     tolerance: Array,
+    moments_by: Callable[..., Moments],
     axis_name: str | None,
 ) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
-    (n, d), k = points.shape, centroids.shape[0]
-    by_coordinate = weights.ndim == 2 and d > 1
-    length = _chunk_length(n, k, 2 * d if by_coordinate else d)
-    point_chunks = _column_chunks(as_storage(points), length)
-    weight_chunks = _column_chunks(weights.reshape(n, -1), length)
-    chunks = -(-count // max(length, 1))
+    """Assigns and moves until the distortion falls no more, or `iterations` times; all about the centroids' mean."""
     centre = centroids.astype(jnp.float32).mean(axis=0)
-
-    def move(centroids: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
-        def add_chunk(i: Array, moments: Float[Array, "k e"]) -> Float[Array, "k e"]:
-            x = from_storage(point_chunks[i], points.dtype).astype(jnp.float32) - centre[:, None]
-            inside = i * length + jnp.arange(length) < count
-            w = jnp.where(inside, weight_chunks[i].astype(jnp.float32), 0)
-            codes = roughly_nearest(x, centroids, w if by_coordinate else None)
-            squares = jnp.sum(w * x**2, axis=0, keepdims=True)
-            return moments + sums_by_code(jnp.concatenate([w, w * x, squares]).T, codes, k)
-
-        none = jnp.zeros((k, weight_chunks.shape[1] + d + 1), jnp.float32)
-        moments = lax.fori_loop(0, chunks, add_chunk, none)
-        return update(centroids, moments if axis_name is None else lax.psum(moments, axis_name))
-
-    return _repeat(move, centroids, centre, iterations, tolerance)
-
-
-def _by_kernels(
-    points: Array,
-    centroids: Array,
-    weights: Array,
-    iterations: Array,
-    count: Array,
-    tolerance: Array,
-    axis_name: str | None,
-) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
-    n, k = points.shape[0], centroids.shape[0]
-    centre = centroids.astype(jnp.float32).mean(axis=0)
-    inside = jnp.arange(n)[:, None] < count
-    x = jnp.where(inside, points.astype(jnp.float32) - centre, 0)
-    w = jnp.where(inside, weights.reshape(n, 1).astype(jnp.float32), 0)
-    values = jnp.concatenate([w, w * x, w * jnp.sum(x**2, axis=1, keepdims=True)], axis=1)
-    scales = clustering.sum_scales(values, axis_name)
     start = centroids.astype(jnp.float32) - centre
-    largest = clustering.size_of(x, start)
-    largest = largest if axis_name is None else lax.pmax(largest, axis_name)
-
-    def move(centroids: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
-        codes = clustering.nearest(x, centroids, largest=largest, exact=False, count=count)
-        return update(centroids, clustering.sums_by_code(values, codes, k, scales=scales, axis_name=axis_name))
-
-    return _repeat(move, centroids, centre, iterations, tolerance)
-
-
-def _repeat(
-    move: Callable[[Float[Array, "k d"]], tuple[Float[Array, "k d"], Float[Array, ""]]],
-    centroids: Shaped[Array, "k d"],
-    centre: Float[Array, " d"],
-    iterations: Array,
-    tolerance: Array,
-) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
-    """Moves centred centroids until the distortion falls no more, or `iterations` times."""
+    moments = moments_by(points, weights, count, centre, start, axis_name)
 
     def goes_on(state: State) -> Array:
         done, _, before, now = state
@@ -169,12 +116,59 @@ def _repeat(
 
     def step(state: State) -> State:
         done, centroids, _, before = state
-        moved, now = move(centroids)
+        moved, now = update(centroids, moments(centroids))
         return done + 1, moved, before, now
 
-    start = jnp.int32(0), centroids.astype(jnp.float32) - centre, jnp.float32(jnp.inf), jnp.float32(jnp.inf)
-    _, moved, _, distortion = lax.while_loop(goes_on, step, start)
+    infinite = jnp.float32(jnp.inf)
+    _, moved, _, distortion = lax.while_loop(goes_on, step, (jnp.int32(0), start, infinite, infinite))
     return moved + centre, distortion
+
+
+def moments_by_chunks(
+    points: Array, weights: Array, count: Array, centre: Array, start: Array, axis_name: str | None
+) -> Moments:
+    """What `update` needs of the points near each centroid, by programs of XLA, a chunk of points at a time."""
+    (n, d), k = points.shape, start.shape[0]
+    by_coordinate = weights.ndim == 2 and d > 1
+    length = _chunk_length(n, k, 2 * d if by_coordinate else d)
+    point_chunks = _column_chunks(as_storage(points), length)
+    weight_chunks = _column_chunks(weights.reshape(n, -1), length)
+    chunks = -(-count // max(length, 1))
+
+    def moments(centroids: Float[Array, "k d"]) -> Float[Array, "k e"]:
+        def add_chunk(i: Array, sums: Float[Array, "k e"]) -> Float[Array, "k e"]:
+            x = from_storage(point_chunks[i], points.dtype).astype(jnp.float32) - centre[:, None]
+            inside = i * length + jnp.arange(length) < count
+            w = jnp.where(inside, weight_chunks[i].astype(jnp.float32), 0)
+            codes = roughly_nearest(x, centroids, w if by_coordinate else None)
+            squares = jnp.sum(w * x**2, axis=0, keepdims=True)
+            return sums + sums_by_code(jnp.concatenate([w, w * x, squares]).T, codes, k)
+
+        none = jnp.zeros((k, weight_chunks.shape[1] + d + 1), jnp.float32)
+        sums = lax.fori_loop(0, chunks, add_chunk, none)
+        return sums if axis_name is None else lax.psum(sums, axis_name)
+
+    return moments
+
+
+def moments_by_kernels(
+    points: Array, weights: Array, count: Array, centre: Array, start: Array, axis_name: str | None
+) -> Moments:
+    """The same by the kernels for NVIDIA's chips."""
+    n, k = points.shape[0], start.shape[0]
+    inside = jnp.arange(n)[:, None] < count
+    x = jnp.where(inside, points.astype(jnp.float32) - centre, 0)
+    w = jnp.where(inside, weights.reshape(n, 1).astype(jnp.float32), 0)
+    values = jnp.concatenate([w, w * x, w * jnp.sum(x**2, axis=1, keepdims=True)], axis=1)
+    scales = clustering.sum_scales(values, axis_name)
+    largest = clustering.size_of(x, start)
+    largest = largest if axis_name is None else lax.pmax(largest, axis_name)
+
+    def moments(centroids: Float[Array, "k d"]) -> Float[Array, "k e"]:
+        codes = clustering.nearest(x, centroids, largest=largest, exact=False, count=count)
+        return clustering.sums_by_code(values, codes, k, scales=scales, axis_name=axis_name)
+
+    return moments
 
 
 def _column_chunks(rows: Shaped[Array, "n e"], length: int) -> Shaped[Array, "chunks e length"]:

@@ -50,11 +50,10 @@ def fit_product(
     def fit(problem: tuple[Array, Array, Array | None]) -> Float[Array, "k d"]:
         key, x, w = problem
         mass = None if w is None else w.reshape(n, -1).mean(axis=1)
-        per_point = jnp.ones(n, jnp.float32) if w is None else w
 
         def attempt(key: Array) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
             start = kmeans_plus_plus(key, x, k, weights=mass, count=count)
-            return lloyd(x, start, per_point, iterations, n if count is None else count, tolerance)
+            return lloyd(x, start, w, iterations, count, tolerance)
 
         if restarts == 1:
             return attempt(key)[0]

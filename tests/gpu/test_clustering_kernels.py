@@ -107,8 +107,10 @@ def test_lloyd_ends_where_the_plain_program_ends(n, d, k, weighted):
     weights = np.random.default_rng(7).uniform(0.1, 2, n).astype("f") if weighted else np.ones(n, "f")
     start = jnp.asarray(points[:k])
     both = [
-        jax.jit(functools.partial(program, axis_name=None))(points, start, weights, 10, n - 100, 0.0)
-        for program in (lloyd._by_kernels, lloyd._by_chunks)
+        jax.jit(functools.partial(lloyd.iterate, moments_by=way, axis_name=None))(
+            points, start, weights, 10, n - 100, 0.0
+        )
+        for way in (lloyd.moments_by_kernels, lloyd.moments_by_chunks)
     ]
     (ours, ours_distortion), (plain, plain_distortion) = both
     np.testing.assert_allclose(ours_distortion, plain_distortion, rtol=2e-3)
