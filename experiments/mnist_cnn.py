@@ -9,7 +9,6 @@ every weight free, and quantized again.
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
@@ -22,11 +21,10 @@ import numpy as np
 import rich
 import rich.progress
 import rich.table
-from jaxtyping import Array, Float
 
 import jaxvq
 from experiments.data import Dataset, DatasetUnavailableError, load
-from experiments.train import ConvNet, TrainConfig, Variables, accuracy, fit, network
+from experiments.train import TrainConfig, Variables, accuracy, fit, network
 from jaxvq import KMeans, Rule, Uniform
 
 PUBLISHED = {"float": 98.12, "8 bits, biases 1 bit": 98.30, "float, fresh": 97.17, "8 values a tensor": 97.61}
@@ -90,17 +88,6 @@ def count_distinct(variables: Variables) -> dict[str, int]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): len(np.unique(leaf)) for path, leaf in leaves}
 
 
-def begin(train: TrainConfig, dataset: Dataset) -> Variables:
-    """The network before its training."""
-    return _begin(network(train, dataset), jax.random.key(train.seed), dataset.train_images[:1])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _begin(model: ConvNet, key: Array, images: Float[Array, "1 height width c"]) -> Variables:
-    variables: Any = model.init(key, images, train=False)  # one program, not one for each step of each layer
-    return variables
-
-
 def run(config: Config, dataset: Dataset, seed: int, track: Any) -> dict[str, Any]:
     """One pair of networks.
 
@@ -114,10 +101,10 @@ def run(config: Config, dataset: Dataset, seed: int, track: Any) -> dict[str, An
     def percent(variables: Variables) -> float:
         return 100 * accuracy(model, decoded(variables), dataset)
 
-    first = fit(dataset, train, start=begin(train, dataset), progress=track("float"))
+    first = fit(dataset, train, progress=track("float"))
     rounded = quantized(first, UNIFORM, seed)
     fresh = dataclasses.replace(train, seed=seed + 100)
-    second = fit(dataset, fresh, start=begin(fresh, dataset), progress=track("float, fresh"))
+    second = fit(dataset, fresh, progress=track("float, fresh"))
     accuracies = {
         "float": percent(first),
         "8 bits, biases 1 bit": percent(rounded),

@@ -6,7 +6,6 @@ size and accuracy. Which way is the best is decided on images held out of the tr
     python -m experiments.mnist_mlp [--dataset digits|mnist] [--smoke] [--out DIR] [--seeds N]
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -32,6 +31,7 @@ from matplotlib.ticker import LogLocator
 import jaxvq
 import jaxvq.linen
 from experiments.data import Dataset, DatasetUnavailableError, load
+from experiments.train import options
 from jaxvq import KMeans, Product, Residual, RowVQ, Rule, Spec, StraightThrough, Symmetric
 from jaxvq.methods import AbstractMethod
 
@@ -376,19 +376,13 @@ def draw(rows: Sequence[Row], best: dict[str, str], *, config: Config) -> matplo
 
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.mnist_mlp", description=__doc__)
-    parser.add_argument("--dataset", choices=("digits", "mnist"), help="mnist, or digits with --smoke")
-    parser.add_argument("--smoke", action="store_true", help="a small run that only shows that everything works")
-    parser.add_argument("--out", type=pathlib.Path, default="runs/mnist_mlp", help="the folder to write to")
-    parser.add_argument("--seeds", type=int, default=3, help="how many networks are trained")
-    asked = parser.parse_args(arguments)
-    dataset = asked.dataset or ("digits" if asked.smoke else "mnist")
-    first = Training(10, 0.1, batch_size=64 if dataset == "mnist" else 16)
+    asked = options(arguments, name="mnist_mlp", description=__doc__)
+    first = Training(10, 0.1, batch_size=64 if asked.dataset == "mnist" else 16)
     variants = all_variants(first.batch_size)
     if asked.smoke:  # one of each kind, which compile quickly
         rows = _layerwise(BUDGET, (RowVQ(fraction=0.1), None, None), variants[-1].training)
-        return Config(dataset, 1, first, (*variants[:2], rows), asked.out)
-    return Config(dataset, asked.seeds, first, variants, asked.out)
+        return Config(asked.dataset, 1, first, (*variants[:2], rows), asked.out)
+    return Config(asked.dataset, asked.seeds, first, variants, asked.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ stacked and train at once. What is chosen is chosen by training images that were
     python -m experiments.mnist_rates [--dataset digits|mnist] [--smoke] [--out DIR] [--seeds N]
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -56,6 +55,7 @@ from experiments.rate_curves import (
     smallest_sizes,
     tables,
 )
+from experiments.train import options
 from jaxvq import Codebook, KMeans, Product, QuantizedArray, Residual, RowVQ, Rule, Uniform, dequantize_params
 from jaxvq.array import is_quantized
 from jaxvq.methods import AbstractMethod
@@ -365,20 +365,14 @@ def with_centroids(params: Params, store: Store) -> tuple[Params, int]:
 
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.mnist_rates", description=__doc__)
-    parser.add_argument("--dataset", choices=("digits", "mnist"), help="mnist, or digits with --smoke")
-    parser.add_argument("--smoke", action="store_true", help="a small run that only shows that everything works")
-    parser.add_argument("--out", type=pathlib.Path, default="runs/mnist_rates", help="the folder to write to")
-    parser.add_argument("--seeds", type=int, default=3, help="how many networks are trained")
-    asked = parser.parse_args(arguments)
-    dataset = asked.dataset or ("digits" if asked.smoke else "mnist")
-    first = Training(5, 0.1, batch_size=64 if dataset == "mnist" else 16)
+    asked = options(arguments, name="mnist_rates", description=__doc__)
+    first = Training(5, 0.1, batch_size=64 if asked.dataset == "mnist" else 16)
     published = dataclasses.replace(first, rate=1e-3)
     adam = tuple(dataclasses.replace(published, rate=rate, adam=True) for rate in (3e-4, 1e-3, 3e-3))
     codes = (Uniform(bits=4), KMeans(bits=4))
     if not asked.smoke:
         tenth = rows(0.1, last=True)
-        return Config(dataset, asked.seeds, first, (10, 15), tenth, published, adam, all_ways(), codes, asked.out)
+        return Config(asked.dataset, asked.seeds, first, (10, 15), tenth, published, adam, all_ways(), codes, asked.out)
     # One layer at a time and one way to train, which is few programs to compile.
     ways = (
         Way(FLOAT, FLOAT, "", (None, None, None)),
@@ -386,7 +380,7 @@ def parse(arguments: Sequence[str]) -> Config:
         Way(VECTOR, "product, d=4", "k=16", (None, Product(k=16, dim=4), None)),
     )
     tenth = Way(ROWS, EVERY_LAYER, "0.1", (None, None, RowVQ(fraction=0.1)))
-    return Config(dataset, 1, first, (1, 1), tenth, published, (published,), ways, codes[:1], asked.out)
+    return Config(asked.dataset, 1, first, (1, 1), tenth, published, (published,), ways, codes[:1], asked.out)
 
 
 if __name__ == "__main__":

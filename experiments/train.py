@@ -1,7 +1,9 @@
-"""The network of the experiments, how it is trained and how it is tested."""
+"""What experiments share: a convolutional network, how it is trained and tested, and the options of a command line."""
 
+import argparse
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -116,17 +118,28 @@ def fit(
     steps = config.epochs * (count // config.batch_size)
     trainer = _Trainer(network(config, dataset), dataclasses.replace(config, seed=0), steps)
     generator = np.random.default_rng(config.seed)
-    variables: Any = start or trainer.model.init(jax.random.key(config.seed), dataset.train_images[:1], train=False)
+    variables = start or begin(config, dataset)
     trainable, frozen = jaxvq.partition(jax.tree.map(jnp.copy, variables["params"]))
     statistics, state = jax.tree.map(jnp.copy, variables["batch_stats"]), trainer.optimizer.init(trainable)
     for _ in progress(range(config.epochs)):
         order = generator.permutation(count)
         # One call per step: on CPUs a convolution inside `lax.scan` ran 12 times slower than outside.
-        for begin in range(0, count - config.batch_size + 1, config.batch_size):
-            batch = order[begin : begin + config.batch_size]
+        for first in range(0, count - config.batch_size + 1, config.batch_size):
+            batch = order[first : first + config.batch_size]
             images, labels = dataset.train_images[batch], dataset.train_labels[batch]
             trainable, statistics, state = _step(trainer, trainable, statistics, state, frozen, images, labels)
     return {"params": jaxvq.combine(trainable, frozen), "batch_stats": statistics}
+
+
+def begin(config: TrainConfig, dataset: Dataset) -> Variables:
+    """The variables of the network before its training."""
+    return _begin(network(config, dataset), jax.random.key(config.seed), dataset.train_images[:1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(model: ConvNet, key: Array, images: Float[Array, "1 height width c"]) -> Variables:
+    variables: Any = model.init(key, images, train=False)  # one program, not one for each step of each layer
+    return variables
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
@@ -178,3 +191,15 @@ def _count_correct(
 ) -> Int[Array, ""]:
     logits: Any = model.apply(variables, images, train=False)
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+
+
+def options(arguments: Sequence[str], *, name: str, description: str | None) -> argparse.Namespace:
+    """What the command line of `experiments/<name>.py` says: `dataset`, `smoke`, `out` and `seeds`."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=description)
+    parser.add_argument("--dataset", choices=("digits", "mnist"), help="mnist, or digits with --smoke")
+    parser.add_argument("--smoke", action="store_true", help="a small run that only shows that everything works")
+    parser.add_argument("--out", type=pathlib.Path, default=f"runs/{name}", help="the folder to write to")
+    parser.add_argument("--seeds", type=int, default=3, help="how many networks are trained")
+    asked = parser.parse_args(arguments)
+    asked.dataset = asked.dataset or ("digits" if asked.smoke else "mnist")
+    return asked

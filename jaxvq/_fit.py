@@ -13,6 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
+from jaxvq._blocks import (
+    VALUES_AT_ONCE,
+    Blocks,
+    block_values,
+    from_blocks,
+    slab_of,
+    slabs_of,
+    to_blocks,
+    with_columns,
+)
 from jaxvq._numerics import as_storage, from_storage, safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
 from jaxvq.bits import pack, zero_codes
@@ -24,9 +34,7 @@ from jaxvq.cluster.scalar import nearest1d, thin
 from jaxvq.layout import Layout
 from jaxvq.ops.nearest import nearest
 
-Blocks = tuple[int, int]
 Decoder = Affine | Codebook
-VALUES_AT_ONCE = 2**20
 SAMPLE_ABOVE = 2**22
 SAMPLE_VECTORS = 2**20
 SAMPLE_VECTORS_PER_ENTRY = 2**12
@@ -138,13 +146,13 @@ def encode(
     groups, outs = layout.grid
     zeros = zero_codes(groups, outs, stages, bits)
     columns = min(outs, max(1, VALUES_AT_ONCE // (groups * layout.dim)))
-    slab_layout = _with_columns(layout, columns)
+    slab_layout = with_columns(layout, columns)
     # Packed along `out`, a word holds codes of several columns: those are few enough to be packed at the end.
     pack_each = zeros.axis == 0
 
     def some(step: Integer[Array, ""], result: Array) -> Array:
         start = jnp.minimum(step * columns, outs - columns)
-        slab, importance = _slab(weight, weights, start, layout=layout, columns=columns)
+        slab, importance = slab_of(weight, weights, start, layout=layout, columns=columns)
         vectors = slab_layout.to_vectors(slab)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=columns, axis=1)
         part = jax.tree.map(lambda leaf: leaf if leaf.shape[1] == 1 else cut(leaf), decoder)
@@ -226,51 +234,10 @@ def _by_columns(
     """`fit` over slabs of output columns, put together: all problems at once would take several times the memory."""
     assert blocks[1] == layout.grid[1], "slabs of columns cannot share a block"
     parts = [
-        fit(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, blocks=(blocks[0], columns))
-        for start, columns, slab in _slabs(layout)
+        fit(*slab_of(weight, weights, start, layout=layout, columns=columns), layout=slab, blocks=(blocks[0], columns))
+        for start, columns, slab in slabs_of(layout)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def _slabs(layout: Layout) -> list[tuple[int, int, Layout]]:
-    """(first column, columns, layout) of slabs of about a million values."""
-    rows, outs = layout.matrix_shape
-    if layout.out_axis is None or layout.size <= VALUES_AT_ONCE:
-        return [(0, outs, layout)]
-    most = max(1, VALUES_AT_ONCE // rows)
-    slabs = []
-    for start in range(0, outs, most):
-        columns = min(most, outs - start)
-        slabs.append((start, columns, _with_columns(layout, columns)))
-    return slabs
-
-
-def _with_columns(layout: Layout, columns: int) -> Layout:
-    """The layout of some columns of the weight."""
-    if layout.out_axis is None:
-        return layout
-    shape = (*layout.shape[: layout.out_axis], columns, *layout.shape[layout.out_axis + 1 :])
-    return dataclasses.replace(layout, shape=shape)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "columns"))
-def _slab(
-    weight: Float[Array, "..."],
-    weights: Float[Array, "..."] | None,
-    start: Integer[Array, ""] | int,
-    *,
-    layout: Layout,
-    columns: int,
-) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
-    if layout.out_axis is None:
-        return weight, weights
-
-    def cut(values: Array) -> Array:
-        stored = as_storage(values)
-        part = jax.lax.dynamic_slice_in_dim(stored, start_index=start, slice_size=columns, axis=layout.out_axis or 0)
-        return from_storage(part, values.dtype)
-
-    return jax.tree.map(cut, (weight, weights))
 
 
 @jax.jit
@@ -310,8 +277,8 @@ def _whole_palette(
     blocks = min(max(SAMPLE_BLOCKS, SAMPLE_BLOCKS_PER_ENTRY * k), SAMPLE_BLOCKS_MOST)
     block = -(-layout.size // blocks) if layout.size > SAMPLE_ABOVE else 1
     samples = [
-        _sample(*_slab(weight, weights, start, layout=layout, columns=columns), layout=slab, block=block)
-        for start, columns, slab in _slabs(layout)
+        _sample(*slab_of(weight, weights, start, layout=layout, columns=columns), layout=slab, block=block)
+        for start, columns, slab in slabs_of(layout)
     ]
     points = jnp.concatenate([values for values, _ in samples])[None]
     mass = None if samples[0][1] is None else jnp.concatenate([mass for _, mass in samples])[None]
@@ -379,26 +346,3 @@ def _vector_problems(
         return from_storage(padded, values.dtype)
 
     return problems(weight), None if weights is None else problems(weights), jnp.int32(count)
-
-
-def block_values(
-    weight: Float[Array, "..."], weights: Float[Array, "..."] | None, layout: Layout, blocks: Blocks
-) -> tuple[Float[Array, "p n"], Float[Array, "p n"]]:
-    """The values of each block and their importance, which is 0 for padding."""
-    values = to_blocks(layout.to_vectors(weight), blocks)[..., 0].astype(jnp.float32)
-    importance = jnp.ones(layout.shape, jnp.float32) if weights is None else weights
-    return values, to_blocks(layout.to_vectors(importance), blocks)[..., 0].astype(jnp.float32)
-
-
-def to_blocks(vectors: Shaped[Array, "g out d"], blocks: Blocks) -> Shaped[Array, "p n d"]:
-    """The vectors of each block of the grid in a row of their own."""
-    groups, outs, dim = vectors.shape
-    cut = vectors.reshape(blocks[0], groups // blocks[0], blocks[1], outs // blocks[1], dim)
-    return cut.transpose(0, 2, 1, 3, 4).reshape(blocks[0] * blocks[1], -1, dim)
-
-
-def from_blocks(rows: Shaped[Array, "p n m"], blocks: Blocks, grid: tuple[int, int]) -> Shaped[Array, "g out m"]:
-    """Undoes `to_blocks`."""
-    (groups, outs), stages = grid, rows.shape[2]
-    cut = rows.reshape(*blocks, groups // blocks[0], outs // blocks[1], stages)
-    return cut.transpose(0, 2, 1, 3, 4).reshape(groups, outs, stages)

@@ -4,14 +4,11 @@ A method is a frozen dataclass, hashable and writable as JSON. `layout` says how
 shapes it will produce (nothing is computed, so a plan is free), and `fit` produces them.
 """
 
-import abc
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, final
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvq import _fit
@@ -24,59 +21,21 @@ from jaxvq._checks import (
     checked_fraction,
     store_integers,
 )
-from jaxvq.array import Affine, Codebook, QuantizedArray
-from jaxvq.bits import check_bits, zero_codes
+from jaxvq._method import (
+    AbstractMethod,
+    Per,
+    affine_template,
+    blocks_of,
+    codebook_template,
+    encode_codebook,
+    entries_of,
+    scalar_layout,
+)
+from jaxvq.array import Affine, QuantizedArray
+from jaxvq.bits import check_bits
 from jaxvq.layout import Layout
 
 AFFINE_BITS = 8
-
-Per = Literal["tensor", "channel"] | int
-
-
-class AbstractMethod(abc.ABC):
-    """How weights become codes."""
-
-    @abc.abstractmethod
-    def layout(
-        self, shape: tuple[int, ...], dtype: Any, *, out_axis: int | None = -1, channels_last: bool = True
-    ) -> Layout:
-        """How this method cuts a weight of `shape` into vectors; see `Layout.of` for the arguments."""
-
-    @abc.abstractmethod
-    def template(self, layout: Layout) -> QuantizedArray:
-        """What `fit` returns, with `jax.ShapeDtypeStruct`s for arrays.
-
-        Raises:
-          ValueError: when a weight of this layout is too small for the method.
-        """
-
-    @abc.abstractmethod
-    def fit(
-        self,
-        weight: Float[Array, "..."],
-        layout: Layout,
-        *,
-        key: Array,
-        weights: Float[Array, "..."] | None = None,
-    ) -> QuantizedArray:
-        """Quantizes one weight.
-
-        Args:
-          weight: in the shape of the layout.
-          layout: from `self.layout`.
-          key: random key; methods without randomness ignore it.
-          weights: the importance of each value, in the weight's shape; methods that do not cluster ignore it.
-        """
-
-    def to_json(self) -> dict[str, Any]:
-        """The method as plain data: its name under `"method"`, and its fields."""
-        return {"method": type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
-
-    def __str__(self) -> str:
-        """The method as it is written in code, without the fields that are at their defaults."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        set_fields = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(set_fields)})"
 
 
 @final
@@ -105,10 +64,10 @@ class Uniform(AbstractMethod):
         check_per(self.per)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
-        return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
+        return scalar_layout(shape, dtype, out_axis, channels_last, self.per)
 
     def template(self, layout: Layout) -> QuantizedArray:
-        return _affine_template(layout, self.per, self.bits, has_zero_point=True)
+        return affine_template(layout, self.per, self.bits, has_zero_point=True)
 
     def decoder(self, weight: Float[Array, "..."], layout: Layout) -> Affine:
         """The levels for a weight."""
@@ -148,10 +107,10 @@ class Symmetric(AbstractMethod):
         check_per(self.per)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
-        return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
+        return scalar_layout(shape, dtype, out_axis, channels_last, self.per)
 
     def template(self, layout: Layout) -> QuantizedArray:
-        return _affine_template(layout, self.per, self.bits, has_zero_point=False)
+        return affine_template(layout, self.per, self.bits, has_zero_point=False)
 
     def decoder(self, weight: Float[Array, "..."], layout: Layout) -> Affine:
         """The levels for a weight."""
@@ -195,22 +154,22 @@ class KMeans(AbstractMethod):
     @property
     def entries(self) -> int:
         """Centroids per palette."""
-        return _entries(self.bits, self.k, default_bits=4)
+        return entries_of(self.bits, self.k, default_bits=4)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
-        return _scalar_layout(shape, dtype, out_axis, channels_last, self.per)
+        return scalar_layout(shape, dtype, out_axis, channels_last, self.per)
 
     def template(self, layout: Layout) -> QuantizedArray:
         blocks = blocks_of(layout, self.per)
         values = layout.size if self.per == "tensor" else layout.matrix_shape[0]
         check_enough(self.entries, min(values, self.per) if isinstance(self.per, int) else values, "values")
-        return _codebook_template(layout, (*blocks, 1, self.entries, 1), self.codebook_dtype)
+        return codebook_template(layout, (*blocks, 1, self.entries, 1), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         del key
         weights = _fit.importance_of(weights, layout=layout)
         vectors = _fit.palettes(weight, weights, layout=layout, blocks=blocks_of(layout, self.per), k=self.entries)
-        return _encode(weight, None, vectors, layout, self.codebook_dtype)
+        return encode_codebook(weight, None, vectors, layout, self.codebook_dtype)
 
 
 @final
@@ -256,7 +215,7 @@ class RowVQ(AbstractMethod):
     def template(self, layout: Layout) -> QuantizedArray:
         outs = layout.grid[1]
         check_enough(self.entries(outs), outs, "output features")
-        return _codebook_template(layout, (1, 1, 1, self.entries(outs), layout.dim), self.codebook_dtype)
+        return codebook_template(layout, (1, 1, 1, self.entries(outs), layout.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         weights = _fit.importance_of(weights, layout=layout)
@@ -269,7 +228,7 @@ class RowVQ(AbstractMethod):
             k=self.entries(layout.grid[1]),
             iterations=self.iterations,
         )
-        return _encode(weight, weights, vectors, layout, self.codebook_dtype)
+        return encode_codebook(weight, weights, vectors, layout, self.codebook_dtype)
 
 
 @final
@@ -294,7 +253,7 @@ class Product(AbstractMethod):
     Example:
       >>> method = Product(bits=8, dim=4)
       >>> method.template(method.layout((784, 128), "float32")).bits_per_weight
-      2.3265306122448979
+      2.326530612244898
     """
 
     bits: int | None = None
@@ -316,7 +275,7 @@ class Product(AbstractMethod):
     @property
     def entries(self) -> int:
         """Centroids per codebook."""
-        return _entries(self.bits, self.k, default_bits=8)
+        return entries_of(self.bits, self.k, default_bits=8)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
         return Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last, dim=self.dim)
@@ -325,7 +284,7 @@ class Product(AbstractMethod):
         groups, outs = layout.grid
         subspaces = groups if self.codebooks == "subspace" else 1
         check_enough(self.entries, groups * outs // subspaces, f"vectors of {self.dim} values")
-        return _codebook_template(layout, (subspaces, 1, 1, self.entries, self.dim), self.codebook_dtype)
+        return codebook_template(layout, (subspaces, 1, 1, self.entries, self.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         weights = _fit.importance_of(weights, layout=layout)
@@ -333,7 +292,7 @@ class Product(AbstractMethod):
         vectors = _fit.product(
             weight, weights, key, layout=layout, subspaces=subspaces, k=self.entries, iterations=self.iterations
         )
-        return _encode(weight, weights, vectors, layout, self.codebook_dtype)
+        return encode_codebook(weight, weights, vectors, layout, self.codebook_dtype)
 
 
 @final
@@ -376,21 +335,21 @@ class Residual(AbstractMethod):
     @property
     def entries(self) -> int:
         """Centroids per stage."""
-        return _entries(self.bits, self.k, default_bits=8)
+        return entries_of(self.bits, self.k, default_bits=8)
 
     def layout(self, shape, dtype, *, out_axis=-1, channels_last=True) -> Layout:
         return Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last, dim=self.dim)
 
     def template(self, layout: Layout) -> QuantizedArray:
         check_enough(self.entries, math.prod(layout.grid), f"vectors of {self.dim} values")
-        return _codebook_template(layout, (1, 1, self.stages, self.entries, self.dim), self.codebook_dtype)
+        return codebook_template(layout, (1, 1, self.stages, self.entries, self.dim), self.codebook_dtype)
 
     def fit(self, weight, layout, *, key, weights=None) -> QuantizedArray:
         weights = _fit.importance_of(weights, layout=layout)
         vectors = _fit.residual(
             weight, weights, key, layout=layout, k=self.entries, stages=self.stages, iterations=self.iterations
         )
-        return _encode(weight, weights, vectors, layout, self.codebook_dtype)
+        return encode_codebook(weight, weights, vectors, layout, self.codebook_dtype)
 
 
 METHODS: tuple[type[AbstractMethod], ...] = (Uniform, Symmetric, KMeans, RowVQ, Product, Residual)
@@ -417,55 +376,3 @@ def method_from_json(data: Mapping[str, Any]) -> AbstractMethod:
     if unknown:
         raise ValueError(f"`{cls.__name__}` has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     return cls(**fields)
-
-
-def _scalar_layout(shape: tuple[int, ...], dtype: Any, out_axis: int | None, channels_last: bool, per: Per) -> Layout:
-    layout = Layout.of(shape, dtype, out_axis=out_axis, channels_last=channels_last)
-    return (
-        dataclasses.replace(layout, pad=-layout.matrix_shape[0] % _group(layout, per))
-        if isinstance(per, int)
-        else layout
-    )
-
-
-def _group(layout: Layout, per: int) -> int:
-    """The group size, which is at most the input side."""
-    return min(per, layout.matrix_shape[0])
-
-
-def blocks_of(layout: Layout, per: Per) -> tuple[int, int]:
-    """How many ranges or palettes lie along (g, out)."""
-    groups, outs = layout.grid
-    if isinstance(per, int):
-        return groups // _group(layout, per), outs
-    return (1, outs) if per == "channel" else (1, 1)
-
-
-def _affine_template(layout: Layout, per: Per, bits: int, *, has_zero_point: bool) -> QuantizedArray:
-    def build() -> QuantizedArray:
-        scale = jnp.zeros((*blocks_of(layout, per), 1))
-        return QuantizedArray(
-            zero_codes(*layout.grid, 1, bits), Affine(scale, scale if has_zero_point else None), layout
-        )
-
-    return jax.eval_shape(build)
-
-
-def _codebook_template(layout: Layout, shape: tuple[int, int, int, int, int], dtype: str) -> QuantizedArray:
-    def build() -> QuantizedArray:
-        scale = jnp.zeros((*shape[:3], 1, 1)) if dtype == "int8" else None
-        codes = zero_codes(*layout.grid, shape[2], _fit.code_bits(shape[3]))
-        return QuantizedArray(codes, Codebook(jnp.zeros(shape, dtype), scale), layout)
-
-    return jax.eval_shape(build)
-
-
-def _encode(weight: Array, weights: Array | None, vectors: Array, layout: Layout, dtype: str) -> QuantizedArray:
-    codebook = _fit.round_codebook(vectors, dtype)
-    return _fit.encode(weight, weights, codebook, layout=layout, bits=_fit.code_bits(vectors.shape[3]))
-
-
-def _entries(bits: int | None, k: int | None, *, default_bits: int) -> int:
-    if k is not None:
-        return k
-    return 2 ** (default_bits if bits is None else bits)

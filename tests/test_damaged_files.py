@@ -1,10 +1,11 @@
 """Files that are damaged or lie: each is refused with one error that names file and place."""
 
 import json
+import math
 import struct
+import zlib
 
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -224,11 +225,17 @@ def test_decoders_of_another_layout(tmp_path, decoder, match):
 
 
 def test_dtypes_that_jax_would_narrow(tmp_path):
-    array = palette()
-    wide = np.asarray(array.decoder.vectors, np.float64)
-    decoder = jax.tree.map(lambda _: wide, array.decoder)
-    wide_array = jax.tree.unflatten(jax.tree.structure(array), [array.codes.words, *jax.tree.leaves(decoder)])
-    storage.save(tmp_path / "hostile", {"w": wide_array})
+    storage.save(tmp_path / "hostile", {"w": palette(k=7)})
+    with open(tmp_path / "hostile", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    codes_nbytes = 4 * math.prod(header["w#codes"]["shape"])
+    header["w#vectors"] |= {"dtype": "F64", "data_offsets": [0, 56]}
+    header["w#codes"]["data_offsets"] = [56, 56 + codes_nbytes]
+    header["#crc32"]["data_offsets"] = [56 + codes_nbytes, 68 + codes_nbytes]
+    text = json.dumps(header).encode()
+    start, vectors, codes = struct.pack("<Q", len(text)) + text, bytes(56), bytes(codes_nbytes)
+    checksums = struct.pack("<3I", *map(zlib.crc32, (start, vectors, codes)))
+    (tmp_path / "hostile").write_bytes(start + vectors + codes + checksums)
     assert "`w#vectors` has 64 bits; set jax_enable_x64" in refused_file(tmp_path / "hostile")
 
 

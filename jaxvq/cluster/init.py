@@ -36,6 +36,9 @@ def kmeans_plus_plus(
     Returns:
       Points `[k, d]` in float32.
 
+    Raises:
+      ValueError: when there are no points.
+
     Example:
       >>> kmeans_plus_plus(jax.random.key(0), jnp.array([[0.0], [0.0], [9.0]]), 2).sort(axis=0)
       Array([[0.],
@@ -43,6 +46,8 @@ def kmeans_plus_plus(
 
     Source: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", 2007.
     """
+    if not points.shape[0]:
+        raise ValueError(f"`points` must hold at least one point to draw, got {points.shape}; pass some")
     sample_key, key = jax.random.split(key)
     count = points.shape[0] if count is None else count
     rows = jnp.arange(points.shape[0])

@@ -55,7 +55,7 @@ def kmeans(
       Centroids `[k, d]` in float32.
 
     Raises:
-      ValueError: for shapes that do not fit together.
+      ValueError: for shapes that do not fit together, or no points.
 
     Example:
       >>> kmeans(jnp.array([[0.0], [1.0], [8.0], [9.0]]), jnp.array([[0.0], [1.0]]), iterations=5)
@@ -65,6 +65,8 @@ def kmeans(
     Source: Lloyd, "Least squares quantization in PCM", 1982.
     """
     check_points(points, centroids, "centroids")
+    if not points.shape[0]:
+        raise ValueError(f"`points` must hold at least one point to cluster, got {points.shape}; pass some")
     if weights is not None and weights.shape not in (points.shape, points.shape[:1]):
         raise ValueError(
             f"`weights` must be {points.shape[:1]} or {points.shape} like `points`, got {weights.shape}; "

@@ -64,11 +64,10 @@ def _some_at_a_time(
 ) -> Float[Array, "p k"]:
     """As many rows at once as there is room for their tables of costs."""
     n = values.shape[1]
-    inside = (jnp.arange(n) < count).astype(jnp.float32)
     at_once = max(1, COSTS_AT_ONCE // grid_size(n, k) ** 2)
     if weights is None:
-        return map_problems(lambda x: kmeans1d(x, k, weights=inside), problems, at_once, values)
-    return map_problems(lambda x, w: kmeans1d(x, k, weights=w * inside), problems, at_once, values, weights)
+        return map_problems(lambda x: kmeans1d(x, k, count=count), problems, at_once, values)
+    return map_problems(lambda x, w: kmeans1d(x, k, weights=w, count=count), problems, at_once, values, weights)
 
 
 def _edges(k: int) -> int:

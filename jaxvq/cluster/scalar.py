@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from jaxvq._numerics import running_sum, safe_divide
 
@@ -25,14 +25,21 @@ _GRID_EXACT = 512
 _GRID_MOST = 2048
 _ENTRIES_SEARCHED = 1024
 _GRID_PER_ENTRY = 8
-_ROUNDS = 8
+_ROUNDS = 4
+_ROUNDS_FROM_GRID = 8
 _PARTS = 16
 _PAIRS = 2**24
 _MOVES = 32
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def kmeans1d(values: Float[Array, " n"], k: int, *, weights: Float[Array, " n"] | None = None) -> Float[Array, " k"]:
+def kmeans1d(
+    values: Float[Array, " n"],
+    k: int,
+    *,
+    weights: Float[Array, " n"] | None = None,
+    count: Int[Array, ""] | int | None = None,
+) -> Float[Array, " k"]:
     """The codebook of `k` values with the least weighted squared error, in ascending order.
 
     With fewer than `k` distinct values some entries are repeated. The error is that of the exact algorithm to within
@@ -42,17 +49,40 @@ def kmeans1d(values: Float[Array, " n"], k: int, *, weights: Float[Array, " n"] 
     Args:
       values: the numbers to cluster, `[n]`; clustered in float32.
       k: entries of the codebook.
-      weights: the importance of each value, `[n]`, not negative; 0 marks padding. None for 1.
+      weights: the importance of each value, `[n]`, not negative; 0 marks padding. None for 1, which takes half the
+        time.
+      count: only this many leading values are real; it may be traced.
+
+    Raises:
+      ValueError: when there are no values.
 
     Example:
       >>> kmeans1d(jnp.array([0.0, 1.0, 10.0, 11.0]), 2)
       Array([ 0.5, 10.5], dtype=float32)
     """
+    if not values.size:
+        raise ValueError("`values` must hold at least one number to cluster, got none; pass some")
     x = values.astype(jnp.float32)
-    w = jnp.ones_like(x) if weights is None else weights.astype(jnp.float32)
+    inside = jnp.arange(x.size) < (x.size if count is None else count)
+    w = jnp.where(inside, 1 if weights is None else weights.astype(jnp.float32), 0).astype(jnp.float32)
     x = jnp.where(w > 0, x, jnp.max(jnp.where(w > 0, x, -jnp.inf)))
-    x, w = _distinct(*jax.lax.sort((x, w), num_keys=1))
+    # Padding has become the largest value, which is last: weights of 1 are in order already.
+    x, w = (ascending(x), w) if weights is None else jax.lax.sort((x, w), num_keys=1)
+    x, w = _distinct(x, w)
     return _centroids(x, w, _cuts(x, w, k))
+
+
+def ascending(values: Float[Array, " n"]) -> Float[Array, " n"]:
+    """float32 values sorted by their bits, as integers of the same order; NaN comes first or last, by its sign.
+
+    On a processor that takes a sixth of the time of `jnp.sort`, which compares floats with care for NaN.
+    """
+
+    def ordered(bits: Int32[Array, " n"]) -> Int32[Array, " n"]:
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the smaller of two negative floats has the larger bits
+
+    bits = jnp.sort(ordered(jax.lax.bitcast_convert_type(values, jnp.int32)))
+    return jax.lax.bitcast_convert_type(ordered(bits), jnp.float32)
 
 
 def _cuts(x: Float[Array, " n"], w: Float[Array, " n"], k: int) -> Int32[Array, " cuts"]:
@@ -63,8 +93,11 @@ def _cuts(x: Float[Array, " n"], w: Float[Array, " n"], k: int) -> Int32[Array, 
         return jnp.concatenate([ranks, jnp.full(k - x.size, x.size, jnp.int32)])
     if grid == x.size:
         return _best_cuts(x, w, ranks, k)
-    start = candidates(x, w, k) if k > _ENTRIES_SEARCHED else _best_cuts(x, w, candidates(x, w, grid), k)
-    return _until_still(functools.partial(_refine, x, w), start, _ROUNDS) if k > 1 else start
+    if k > _ENTRIES_SEARCHED:
+        start, rounds = candidates(x, w, k), _ROUNDS_FROM_GRID
+    else:
+        start, rounds = _best_cuts(x, w, candidates(x, w, grid), k), _ROUNDS
+    return _until_still(functools.partial(_refine, x, w), start, rounds) if k > 1 else start
 
 
 def nearest1d(values: Float[Array, " n"], codebook: Float[Array, " k"]) -> Int32[Array, " n"]:

@@ -56,7 +56,7 @@ def nearest(
     exact: bool,
     count: Int[Array, ""] | int | None = None,
 ) -> Int32[Array, " n"]:
-    """The nearest codebook vector of each point, both centred; a tie goes to the lower index.
+    """The nearest codebook vector of each point, both centred; a tie goes to the lower index, NaN to 0.
 
     Args:
       points: `[n, d]`.
@@ -86,6 +86,7 @@ def nearest(
     halves = jnp.pad(halves, (0, padding), constant_values=jnp.inf)
     sizes = jnp.stack([jnp.asarray(part, jnp.int32) for part in (n if count is None else count, tiles, k)])
     constants = {"DIM": d, "PASSES": passes, "STEPS": steps, "ROW_TILES": row_tiles, "CHUNK": chunk, "GROUP": group}
+    constants |= {"WARPS": WARPS}
     result = jax.ShapeDtypeStruct((n,), jnp.int32)
     operands = points, codebook, table, halves, scale.reshape(1), sizes
     blocks = -(-n // (WARPS * 16 * row_tiles))

@@ -26,10 +26,11 @@ def nearest(
     The distance is Euclidean; between equally near vectors the lowest index wins. Everything is computed in
     float32, whatever the dtype of the arguments, a chunk of points at a time. Single values (d = 1, no weights) are
     subtracted. Longer vectors' squared distances are expanded, `|c|**2 - 2 x.c`, so vectors closer to each other than
-    about a thousandth of the codebook's spread may be confused.
+    about a thousandth of the codebook's spread may be confused. NaN is near to nothing: a point with NaN gets code 0,
+    and NaN in the codebook gives code 0 to all points.
 
     Args:
-      points: `[n, d]`.
+      points: `[n, d]`; n may be 0.
       codebook: `[k, d]`.
       weights: importance of each coordinate of each point, `[n, d]`; the squared distance is then
         `sum_j weights[i, j] * (points[i, j] - codebook[c, j])**2`.
@@ -85,7 +86,9 @@ def vq(observations: Numbers, codebook: Numbers) -> tuple[Int32[Array, " n"], Fl
 @jax.jit
 def _nearest(points: Array, codebook: Array, weights: Array | None) -> Int32[Array, " n"]:
     points, codebook, weights = lax.stop_gradient((points, codebook, weights))  # codes have none
-    d = points.shape[1]
+    n, d = points.shape
+    if n == 0:
+        return jnp.zeros(0, jnp.int32)
     if weights is None and d > 1 and clustering.supports_nearest(d, exact=True):
         return lax.platform_dependent(points, codebook, weights, cuda=_by_kernel, default=_by_chunks)
     return _by_chunks(points, codebook, weights)
@@ -139,7 +142,7 @@ def scores(
 
 
 def first_smallest(scores: Float[Array, "k n"]) -> Int32[Array, " n"]:
-    """The argmin along the first axis, the lowest index on a tie; `k - 1` for a column with NaN.
+    """The argmin along the first axis, the lowest index on a tie; 0 for a column with NaN.
 
     Two reductions that vectorize, four to eight times as fast on a processor as `jnp.argmin`. The indices are
     float32 (exact below 2**24) because the reduction is then twice as fast as over int32.
@@ -147,7 +150,7 @@ def first_smallest(scores: Float[Array, "k n"]) -> Int32[Array, " n"]:
     k = scores.shape[0]
     index = lax.broadcasted_iota(jnp.float32, (k, 1), 0)
     first = jnp.where(scores == scores.min(axis=0), index, k).min(axis=0)
-    return jnp.minimum(first, k - 1).astype(jnp.int32)
+    return jnp.where(first < k, first, 0).astype(jnp.int32)  # NaN equals nothing
 
 
 def chunk_length(n: int, k: int) -> int:

@@ -71,3 +71,8 @@ def test_same_key_same_bits_under_jit():
     jitted = jax.jit(kmeans_plus_plus, static_argnums=2)(jax.random.key(1), points, 20)
     np.testing.assert_array_equal(plain, jitted)
     assert not np.array_equal(plain, kmeans_plus_plus(jax.random.key(2), points, 20))
+
+
+def test_no_points():
+    with pytest.raises(ValueError, match=r"`points` must hold at least one point to draw, got \(0, 2\)"):
+        kmeans_plus_plus(jax.random.key(0), jnp.zeros((0, 2)), 4)

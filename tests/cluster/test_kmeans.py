@@ -159,6 +159,8 @@ def test_errors():
         kmeans(points, start[:, :1], iterations=1)
     with pytest.raises(ValueError, match=r"`weights` must be \(4,\) or \(4, 2\) like `points`, got \(3,\)"):
         kmeans(points, start, weights=jnp.ones(3), iterations=1)
+    with pytest.raises(ValueError, match=r"`points` must hold at least one point to cluster, got \(0, 2\)"):
+        kmeans(points[:0], start, iterations=1)
 
 
 def test_sums_by_code_on_every_backend():

@@ -64,9 +64,32 @@ def test_narrow_dtypes_are_compared_in_float32(dtype):
     np.testing.assert_allclose(distances[np.arange(3000), codes], distances.min(axis=1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_point_with_nan_still_gets_a_code_of_the_codebook():
-    codes = nearest(jnp.array([[jnp.nan, 0.0], [jnp.inf, 0.0], [1.0, 1.0]]), jnp.eye(2) * 5)
-    assert int(codes.max()) < 2
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("d", [1, 3])
+def test_nan_gets_code_0(d, weighted):
+    rng = np.random.default_rng(5)
+    points, codebook = rng.normal(size=(40, d)).astype("f"), rng.normal(size=(20, d)).astype("f")
+    weights = np.ones_like(points) if weighted else None
+    expected = brute_force(points, codebook)[0]
+    points[7, -1], expected[7] = np.nan, 0
+    assert expected.any()
+    np.testing.assert_array_equal(nearest(points, codebook, weights=weights), expected)
+    codebook[3, 0] = np.nan
+    assert not np.asarray(nearest(points, codebook, weights=weights)).any()
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_infinity_still_gets_a_code_of_the_codebook(d):
+    points = jnp.zeros((3, d)).at[:, 0].set(jnp.array([jnp.inf, -jnp.inf, 3e38]))
+    codes = np.asarray(nearest(points, jnp.arange(4.0 * d).reshape(4, d)))
+    assert (codes >= 0).all()
+    assert (codes < 4).all()
+
+
+def test_no_points_have_no_codes():
+    codes, diff = vq(jnp.zeros((0, 2)), jnp.ones((3, 2)))
+    assert codes.shape == diff.shape == (0,)
+    assert nearest(jnp.zeros((0, 2)), jnp.ones((3, 2)), weights=jnp.zeros((0, 2))).shape == (0,)
 
 
 def test_jit_and_vmap_give_the_same_codes():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from jaxvq.cluster.scalar import kmeans1d, nearest1d, thin
+from jaxvq.cluster.scalar import ascending, kmeans1d, nearest1d, thin
 
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 
@@ -71,13 +71,26 @@ def test_weights_against_sklearn(rng):
     assert mse(values, ours, weights) <= 1.0001 * mse(values, peer.cluster_centers_[:, 0], weights)
 
 
-def test_padding_changes_nothing(rng):
+@pytest.mark.parametrize("pad", [1e6, -1e6, np.nan])
+def test_padding_changes_nothing(pad, rng):
     values = rng.normal(size=100).astype(np.float32)
-    padded = np.concatenate([values, np.full(28, 1e6, np.float32)])
-    weights = np.concatenate([np.ones(100, np.float32), np.zeros(28, np.float32)])
-    np.testing.assert_allclose(
-        kmeans1d(jnp.asarray(padded), 5, weights=jnp.asarray(weights)), kmeans1d(jnp.asarray(values), 5), atol=1e-6
-    )
+    padded = jnp.asarray(np.concatenate([values, np.full(28, pad, np.float32)]))
+    weights = jnp.asarray(np.concatenate([np.ones(100, np.float32), np.zeros(28, np.float32)]))
+    expected = kmeans1d(jnp.asarray(values), 5)
+    np.testing.assert_allclose(kmeans1d(padded, 5, weights=weights), expected, atol=1e-6)
+    np.testing.assert_allclose(kmeans1d(padded, 5, count=100), expected, atol=1e-6)
+    np.testing.assert_allclose(kmeans1d(padded, 5, weights=jnp.ones(128), count=100), expected, atol=1e-6)
+
+
+def test_sorting_by_bits_is_sorting(rng):
+    special = [0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 3e38, -3e38]
+    values = np.append(rng.standard_cauchy(size=500), special).astype(np.float32)
+    np.testing.assert_array_equal(ascending(jnp.asarray(values)), np.sort(values))
+
+
+def test_no_values():
+    with pytest.raises(ValueError, match="`values` must hold at least one number to cluster, got none"):
+        kmeans1d(jnp.zeros(0), 4)
 
 
 @pytest.mark.parametrize("n", [8, 2000])

@@ -1,5 +1,4 @@
 import dataclasses
-from functools import partial
 
 import jax
 import numpy as np
@@ -41,13 +40,6 @@ def test_training_the_values_keeps_them_shared_and_training_the_weights_does_not
     free = mnist_cnn.count_distinct(train.fit(dataset, again, start=mnist_cnn.decoded(small)))
     assert max(shared.values()) == 2
     assert free["Dense_0/kernel"] > 2
-
-
-def test_begins_where_flax_begins(dataset):
-    begun = mnist_cnn.begin(CONFIG, dataset)
-    model = train.network(CONFIG, dataset)
-    plain = model.init(jax.random.key(CONFIG.seed), dataset.train_images[:1], train=False)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), begun, plain)
 
 
 def test_compares_the_most_values_with_the_source(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,6 +72,12 @@ def test_variants_share_one_compiled_test(trained, monkeypatch):
     for factor in (1.0, 0.5, 0.25):
         train.accuracy(model, jax.tree.map(lambda leaf, factor=factor: leaf * factor, trained), dataset)
     assert len(traces) == 1
+
+
+def test_begins_where_flax_begins():
+    dataset = stripes(64)
+    plain = train.network(CONFIG, dataset).init(jax.random.key(CONFIG.seed), dataset.train_images[:1], train=False)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), train.begin(CONFIG, dataset), plain)
 
 
 def test_progress_wraps_the_epochs():

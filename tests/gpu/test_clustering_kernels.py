@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxvq.cluster import kmeans as lloyd
 from jaxvq.cluster.palettes import fit_palettes
+from jaxvq.cluster.product import fit_product
 from jaxvq.cluster.scalar import kmeans1d
 from jaxvq.ops import clustering, cuda
 from jaxvq.ops.nearest import nearest
@@ -73,6 +74,18 @@ def test_ties_go_to_the_lower_index():
     codebook = np.tile(normal(0, 5, 8), (40, 1))
     np.testing.assert_array_equal(nearest(codebook[:5], codebook), np.arange(5))
     assert (np.asarray(nearest(np.zeros((9, 8), "f"), np.zeros((300, 8), "f"))) == 0).all()
+
+
+@pytest.mark.parametrize("d", [8, 64])
+def test_nan_has_code_0(d):
+    points, codebook = normal(23, 100, d), normal(24, 40, d)
+    expected = np.asarray(nearest(points, codebook)).copy()
+    points[3, d // 2], expected[3] = np.nan, 0
+    np.testing.assert_array_equal(nearest(points, codebook), expected)
+
+
+def test_no_points_have_no_codes():
+    assert nearest(np.zeros((0, 8), "f"), normal(25, 40, 8)).shape == (0,)
 
 
 def test_values_of_very_different_sizes():
@@ -148,6 +161,58 @@ def test_palettes_are_optimal_to_a_thousandth(kind, n, k):
     assert (np.diff(got, axis=1) >= 0).all()
     for row, codebook in zip(rows, got, strict=True):
         assert palette_error(row, codebook) <= 1.001 * palette_error(row, kmeans1d(jnp.asarray(row), k)) + 1e-9
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(700, 600, 16), (3, 30_000, 256), (2, 40_000, 1024)])
+def test_palettes_of_many_rows_and_of_many_entries(rows, n, k):
+    values = normal(18, rows, n)
+    got = np.asarray(fit_palettes(values, k))
+    for row in {0, 1, rows // 2, rows - 1}:
+        least = palette_error(values[row], kmeans1d(jnp.asarray(values[row]), k))
+        assert palette_error(values[row], got[row]) <= 1.001 * least
+
+
+def test_weights_of_very_different_sizes_on_few_values():
+    generator = np.random.default_rng(19)
+    values = np.round(3 * generator.standard_normal((2, 2000))).astype("f")
+    weights = (10 ** generator.uniform(-6, 0, (2, 2000))).astype("f")
+    got = np.asarray(fit_palettes(values, 8, weights=weights))
+    for x, w, codebook in zip(values, weights.astype(np.float64), got, strict=True):
+        plain = np.asarray(kmeans1d(jnp.asarray(x), 8, weights=jnp.asarray(w, jnp.float32)))
+        ours, theirs = ((w * ((x[:, None] - c.astype(np.float64)) ** 2).min(1)).sum() for c in (codebook, plain))
+        assert ours <= 1.001 * theirs + 1e-9
+
+
+def test_several_sets_of_vectors():
+    sets = jnp.asarray(normal(20, 5, 3000, 4))
+    together = fit_product(jax.random.key(0), sets, 32, iterations=10)
+    alone = [fit_product(jax.random.key(i), x[None], 32, iterations=10)[0] for i, x in enumerate(sets)]
+    for x, ours, theirs in zip(np.asarray(sets), together, alone, strict=True):
+        ours, theirs = (squared_distances(x, codebook).min(1).mean() for codebook in (ours, theirs))
+        assert ours <= 1.05 * theirs
+
+
+def test_bfloat16_points_are_clustered_as_the_float32_values_they_are():
+    points = jnp.asarray(normal(21, 5000, 8), jnp.bfloat16)
+    exact = points.astype(jnp.float32)
+    np.testing.assert_array_equal(nearest(points, exact[:64]), nearest(exact, exact[:64]))
+    np.testing.assert_array_equal(
+        lloyd.kmeans(points, exact[:64], iterations=5), lloyd.kmeans(exact, exact[:64], iterations=5)
+    )
+
+
+def test_programs_of_64_bit_mode():
+    points = normal(22, 2000, 8)
+    expected = (
+        nearest(points, points[:100]),
+        lloyd.kmeans(points, points[:100], iterations=5),
+        fit_palettes(points.T, 8),
+    )
+    with jax.enable_x64(True):
+        got = nearest(points, points[:100]), lloyd.kmeans(points, points[:100], iterations=5), fit_palettes(points.T, 8)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_padding_and_importance_of_palettes():

@@ -8,11 +8,13 @@
 // the group again, in float32 and by differences. With PASSES 1 values are rounded to half precision, and the least
 // score decides.
 //
-// Compiled with: DIM, PASSES, STEPS (columns of features / 16), ROW_TILES, CHUNK (tiles staged at once), GROUP.
+// A point with NaN has only scores of NaN, which are less than nothing: its code stays 0.
+//
+// Compiled with: DIM, PASSES, STEPS (columns of features / 16), ROW_TILES, CHUNK (tiles staged at once), GROUP, WARPS
+// (of a block).
 
 static_assert(CHUNK % GROUP == 0, "a group must end where a chunk ends");
 
-#define WARPS 8
 #define POINTS_PER_BLOCK (WARPS * ROW_TILES * 16)
 
 __device__ __forceinline__ unsigned short as_half(float x) {
@@ -31,7 +33,8 @@ __device__ __forceinline__ unsigned feature(const float* __restrict__ points, in
                                             float scale) {
   const int part = column / DIM;
   if (point >= count || part >= PASSES) return 0;
-  const float x = fminf(fmaxf(points[(long long)point * DIM + column % DIM] * scale, -65504.f), 65504.f);
+  const float value = points[(long long)point * DIM + column % DIM] * scale;
+  const float x = value > 65504.f ? 65504.f : value < -65504.f ? -65504.f : value;  // fminf would lose NaN
   const unsigned short high = as_half(x);
   return part == 1 ? as_half(x - as_float(high)) : high;
 }
