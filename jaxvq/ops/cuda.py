@@ -52,9 +52,11 @@ def assemble(name: str, constants: tuple[tuple[str, int], ...]) -> str:
       RuntimeError: when it does not compile, with the compiler's log.
     """
     nvrtc = compiler()
-    source = importlib.resources.files("jaxvq.ops").joinpath("kernels", f"{name}.cu").read_bytes()
+    files = importlib.resources.files("jaxvq.ops").joinpath("kernels")
+    source = files.joinpath(f"{name}.cu").read_bytes()
+    headers = [file for file in files.iterdir() if file.name.endswith(".cuh")]
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants)]
-    _, program = nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], [])
+    _, program = nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), len(headers), *_texts(headers))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
@@ -62,6 +64,10 @@ def assemble(name: str, constants: tuple[tuple[str, int], ...]) -> str:
     assembly = _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
     nvrtc.nvrtcDestroyProgram(program)
     return assembly
+
+
+def _texts(headers: list[Any]) -> tuple[list[bytes], list[bytes]]:
+    return [file.read_bytes() for file in headers], [file.name.encode() for file in headers]
 
 
 def _text(size_of: Any, write: Any, program: Any) -> str:

@@ -1,0 +1,306 @@
+"""Products with quantized matrices by kernels for NVIDIA's chips (compute capability 8.0 and later).
+
+One or two rows times codes of single values go to the integer matrix units (`kernels/scalars.cu`), up to 64 rows to the
+floating-point ones (`kernels/matmul.cu`); both read the codes where they are. For more rows the second kernel writes
+the weight out once, and XLA multiplies.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxvq.array import Affine, Codebook, QuantizedArray
+from jaxvq.bits import WORD, word_count
+from jaxvq.ops import cuda
+
+TYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
+PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
+ROWS_OF_SCALARS = 2
+ROWS_SPLIT = 4
+ROWS_MOST = 64
+PALETTE_MOST = 16
+TABLE_NBYTES = 65536  # a table of copies leaves room for a second block of threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a kernel shares out its work.
+
+    Attributes:
+      kernel: which one.
+      columns: neighbouring outputs of a thread.
+      k_warps: warps that share the input side.
+      out_warps: warps on different outputs.
+      span: turns of a warp that are read before the first is used.
+      blocks: of threads, at once on a processor.
+      copies: of a table of vectors in shared memory; 0 leaves it in global memory.
+    """
+
+    kernel: str
+    columns: int
+    k_warps: int
+    out_warps: int
+    span: int
+    blocks: int
+    copies: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The sizes of a product, which a kernel is compiled for.
+
+    Attributes:
+      rows: of x; 0 where the weight itself is wanted.
+      inputs: columns of x.
+      dtype: of x.
+      w: the weight; only its shapes and dtypes count.
+    """
+
+    rows: int
+    inputs: int
+    dtype: Any
+    w: QuantizedArray
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.w.codes.bits
+
+    @property
+    def dim(self) -> int:
+        """Values of a code."""
+        return self.w.layout.dim
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the product."""
+        return self.w.layout.grid[1]
+
+    @property
+    def stages(self) -> int:
+        """Codes that are added up."""
+        return self.w.codes.words.shape[2]
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """(words, codes) of the fewest words of an output that end where a code and eight values end."""
+        codes = WORD // math.gcd(self.bits, WORD)
+        while codes * self.dim % 8:
+            codes *= 2
+        return codes * self.bits // WORD, codes
+
+    @property
+    def turns(self) -> int:
+        """Times that the four quads of a warp take turns along the input side."""
+        return -(-word_count(self.w.codes.length, self.bits) // (4 * self.unit[0]))
+
+    @property
+    def parts(self) -> tuple[Array | None, Array | None, Array | None]:
+        """(vectors, scale, zero point) of the decoder."""
+        decoder = self.w.decoder
+        if isinstance(decoder, Affine):
+            return None, decoder.scale, decoder.zero_point
+        assert isinstance(decoder, Codebook)
+        return decoder.vectors, decoder.scale, None
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(#g, #out) of the vectors or zero points, and (#g, #out, #m) of the scales."""
+        vectors, scale, zero = self.parts
+        table = vectors if vectors is not None else zero
+        return (1, 1) if table is None else table.shape[:2], (1, 1, 1) if scale is None else scale.shape[:3]
+
+    @property
+    def groups(self) -> int:
+        """Parts of the input side with a decoder of their own."""
+        table, scale = self.blocks
+        return max(table[0], scale[0])
+
+    @property
+    def group_turns(self) -> int:
+        """Turns in one of the groups."""
+        return self.w.codes.length // self.groups // (4 * self.unit[1])
+
+
+def reason(rows: int, inputs: int, dtype: Any, w: QuantizedArray) -> str | None:
+    """Why no kernel serves x `[rows, inputs]` of `dtype` times `w`; None where one does."""
+    if cuda.compiler() is None:
+        return 'the kernels\' compiler is missing: pip install "jaxvq[cuda]"'
+    if cuda.shared_nbytes() == 0:
+        return "the GPU is older than compute capability 8.0"
+    if jnp.dtype(dtype).name not in ("float16", "bfloat16"):
+        return f"`x` must be float16 or bfloat16, got {jnp.dtype(dtype).name}"
+    problem = Problem(rows, inputs, dtype, w)
+    for part in problem.parts:
+        if part is not None and part.dtype.name not in TYPES:
+            return f"the decoder must be float32, bfloat16, float16 or int8, got {part.dtype.name}"
+    return _reason_of_format(problem)
+
+
+def _reason_of_format(problem: Problem) -> str | None:
+    vectors, _, _ = problem.parts
+    table, scale = problem.blocks
+    bits, dim, stages, length = problem.bits, problem.dim, problem.stages, problem.w.codes.length
+    if problem.w.codes.axis != 0:
+        return "the codes are packed along the output side, where they take fewer words; kernels read the input side"
+    if vectors is None and bits > 8:
+        return f"evenly spaced levels must have at most 8 bits, got {bits}"
+    if vectors is not None and dim == 1 and (vectors.shape[3] > PALETTE_MOST or bits > 4 or stages > 1):
+        return f"palettes must have one stage of at most {PALETTE_MOST} values, got {stages} of {vectors.shape[3]}"
+    if dim not in (1, 2, 4, 8):
+        return f"vectors must have 1, 2, 4 or 8 values, got {dim}"
+    if dim > 1 and (table != (1, 1) or scale[:2] != (1, 1)):
+        return "vectors must come from one codebook for the whole weight, got codebooks of parts of it"
+    if not {table[0], scale[0]} <= {1, problem.groups}:
+        return f"scales and palettes must have the same groups, got {scale[0]} and {table[0]}"
+    turn = 4 * problem.unit[1]
+    if problem.groups > 1 and length // problem.groups % turn:
+        return f"groups must be multiples of {turn} values at {bits} bits, got {length // problem.groups}"
+    return None
+
+
+def product(x: Float[Array, "n a"], w: QuantizedArray) -> Float[Array, "n b"]:
+    """`x @ w` where `reason` has nothing against it, added up in float32 and rounded to the dtype of `x`."""
+    problem = Problem(x.shape[0], x.shape[1], x.dtype, w)
+    tiles = choose(problem)
+    if tiles is None:
+        return x @ expand(w, x.dtype)
+    return _launch(problem, tiles, x, jax.ShapeDtypeStruct((problem.rows, problem.outputs), x.dtype))
+
+
+def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
+    """The weight as the layout's matrix, rounded to `dtype`."""
+    inputs = w.layout.matrix_shape[0]
+    problem = Problem(0, inputs, jnp.dtype(dtype), w)
+    tiles = dataclasses.replace(_by_floats(problem), blocks=2)
+    return _launch(problem, tiles, jnp.zeros((), dtype), jax.ShapeDtypeStruct((inputs, problem.outputs), dtype))
+
+
+def choose(problem: Problem) -> Tiles | None:
+    """The tiles of the fastest kernel for a product; None where the weight had better be written out."""
+    if problem.dim == 1 and problem.rows <= ROWS_OF_SCALARS:
+        tiles = _by_integers(problem)
+        if scalars_nbytes(problem, tiles) <= cuda.shared_nbytes():
+            return tiles
+    if problem.rows <= ROWS_MOST:
+        tiles = _by_floats(problem)
+        if matmul_nbytes(problem, tiles) <= cuda.shared_nbytes():
+            return tiles
+    return None
+
+
+def _columns(problem: Problem) -> int:
+    """As many neighbouring outputs to a thread as leave work for all processors."""
+    return 4 if problem.outputs >= 24 * PROCESSORS else 2
+
+
+def _by_integers(problem: Problem) -> Tiles:
+    columns = _columns(problem)
+    few = problem.outputs <= PROCESSORS * 8 * columns
+    span = max(1, (4 if few or problem.bits == 4 else 6) // problem.unit[0])
+    span = math.gcd(span, problem.group_turns) if problem.groups > 1 else 4 if span > 4 else span
+    return Tiles("scalars", columns, 16 if few else 8, 1, span, 1 if few else 2)
+
+
+def _by_floats(problem: Problem) -> Tiles:
+    """Tiles for `kernels/matmul.cu`; one block at once where the tables are large."""
+    span = 4 if problem.dim == 1 and problem.unit[0] == 1 else 1
+    if problem.groups > 1:
+        span = math.gcd(span, problem.group_turns)
+    many = problem.outputs >= 64 * PROCESSORS
+    k_warps, out_warps = 8, 1
+    if many and problem.rows > ROWS_SPLIT:
+        k_warps, out_warps = (4, 2) if problem.rows <= 16 else (2, 4)
+    tiles = Tiles(
+        "matmul", _columns(problem), k_warps, out_warps, span, 1 if problem.rows > 16 else 2, _copies(problem)
+    )
+    fits_twice = 2 * (matmul_nbytes(problem, tiles) + 1024) <= cuda.shared_nbytes()
+    return tiles if fits_twice else dataclasses.replace(tiles, blocks=1)
+
+
+def _copies(problem: Problem) -> int:
+    """Copies of a table of vectors in shared memory: as many as threads read at a time, if there is room."""
+    if problem.dim == 1:
+        return 0
+    nbytes = _table_nbytes(problem)
+    copies = 64 // problem.dim
+    while copies > 1 and copies * nbytes > TABLE_NBYTES:
+        copies //= 2
+    return copies if copies * nbytes <= cuda.shared_nbytes() * 3 // 4 else 0
+
+
+def _table_nbytes(problem: Problem) -> int:
+    """Of 16-bit numbers; a power of two, so that a code becomes an address by a shift."""
+    return 2 ** (problem.bits + 1 + (problem.stages - 1).bit_length()) * problem.dim
+
+
+def scalars_nbytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of a block of `kernels/scalars.cu`: tables, sums, digits of x."""
+    part = problem.group_turns if problem.groups > 1 else tiles.span
+    mine = math.ceil(math.ceil(problem.turns / part) / tiles.k_warps) * part * 4 * problem.unit[1]
+    outs = 8 * tiles.columns
+    tables = (tiles.k_warps if problem.groups > 1 else 2) * outs * 48
+    return tables + tiles.k_warps * problem.rows * (8 * outs + 3 * (mine + 32))
+
+
+def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of a block of `kernels/matmul.cu`: its table or palettes, few rows of x, the sums."""
+    warps, outs = tiles.k_warps * tiles.out_warps, 8 * tiles.columns
+    turns = math.ceil(problem.turns / tiles.span) * tiles.span
+    x = problem.rows * turns * 8 * problem.unit[1] * problem.dim if problem.rows <= ROWS_SPLIT else 0
+    tables = _table_nbytes(problem) * tiles.copies
+    palettes = warps * outs * 32 if problem.dim == 1 and problem.parts[0] is not None else 0
+    return x + 4 * warps * problem.rows * outs + tables + palettes
+
+
+def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStruct) -> Array:
+    vectors, scale, zero = problem.parts
+    if problem.dim > 1 and tiles.copies == 0:  # looked up as they are
+        assert vectors is not None
+        units = 1 if scale is None else scale.astype(jnp.float32)
+        vectors, scale = (vectors.astype(jnp.float32) * units).astype(problem.dtype), None
+    parts = vectors, scale, zero
+    nbytes = (scalars_nbytes if tiles.kernel == "scalars" else matmul_nbytes)(problem, tiles)
+    operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in parts)
+    blocks = -(-problem.outputs // (8 * tiles.columns * tiles.out_warps))
+    launch = {
+        "blocks": -(-blocks // -(-blocks // (PROCESSORS * tiles.blocks))),  # each with as many turns as any other
+        "threads": 32 * tiles.k_warps * tiles.out_warps,
+        "shared_nbytes": nbytes,
+    }
+    return cuda.launch(tiles.kernel, _constants(problem, tiles, parts), result, *operands, **launch)
+
+
+def _constants(problem: Problem, tiles: Tiles, parts: tuple[Array | None, ...]) -> dict[str, int]:
+    table, scales = problem.blocks
+    vectors, _, _ = problem.parts
+    types = [0 if part is None else TYPES[part.dtype.name] for part in parts]
+    if parts[1] is None:
+        scales = 1, 1, 1
+    return {
+        "ROWS": max(1, problem.rows),
+        "EXPAND": int(problem.rows == 0),
+        "INPUTS": problem.inputs,
+        "OUTPUTS": problem.outputs,
+        "LENGTH": problem.w.codes.length,
+        "BITS": problem.bits,
+        "STAGES": problem.stages,
+        "DIM": problem.dim,
+        "BFLOAT": int(jnp.dtype(problem.dtype).name == "bfloat16"),
+        "AFFINE": int(vectors is None),
+        "ENTRIES": 1 if vectors is None else vectors.shape[3],
+        "G_BLOCKS": table[0],
+        "OUT_BLOCKS": table[1],
+        **dict(zip(("VECTORS", "SCALES", "ZEROS"), types, strict=True)),
+        **dict(zip(("SCALE_G", "SCALE_OUT", "SCALE_STAGES"), scales, strict=True)),
+        "COPIES": tiles.copies,
+        "COLUMNS": tiles.columns,
+        "K_WARPS": tiles.k_warps,
+        "OUT_WARPS": tiles.out_warps,
+        "SPAN": tiles.span,
+        "BLOCKS": tiles.blocks,
+    }

@@ -1,0 +1,134 @@
+// How packed codes and decoders are read, for the kernels of products.
+
+#define FLOAT32 1
+#define BFLOAT16 2
+#define FLOAT16 3
+#define INT8 4
+
+__device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
+__device__ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+// A unit is the fewest words of an output that end where a code and eight values end.
+__device__ constexpr int unit_codes(int codes, int values) { return values % 8 == 0 ? codes : unit_codes(2 * codes, 2 * values); }
+constexpr int UNIT_CODES = unit_codes(32 / gcd(BITS, 32), 32 / gcd(BITS, 32) * DIM), UNIT_WORDS = UNIT_CODES * BITS / 32;
+constexpr int UNIT_VALUES = UNIT_CODES * DIM;
+constexpr int WORD_ROWS = (LENGTH * BITS + 31) / 32, UNITS = (WORD_ROWS + UNIT_WORDS - 1) / UNIT_WORDS;
+constexpr int FINEST = G_BLOCKS > SCALE_G ? G_BLOCKS : SCALE_G;  // groups of the input side with a decoder of their own
+constexpr bool GROUPED = FINEST > 1;
+constexpr int GROUP_CODES = LENGTH / FINEST;
+constexpr int OUTS = 8 * COLUMNS, LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
+
+template <int TYPE>
+__device__ __forceinline__ float number(const void* from, long long index) {
+  if constexpr (TYPE == FLOAT32) return __ldg(static_cast<const float*>(from) + index);
+  if constexpr (TYPE == BFLOAT16)
+    return __uint_as_float((unsigned)__ldg(static_cast<const unsigned short*>(from) + index) << 16);
+  if constexpr (TYPE == FLOAT16) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(__ldg(static_cast<const unsigned short*>(from) + index)));
+    return x;
+  }
+  return __ldg(static_cast<const signed char*>(from) + index);
+}
+
+__device__ __forceinline__ float x_value(unsigned short bits) {
+  if constexpr (BFLOAT) return __uint_as_float((unsigned)bits << 16);
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+__device__ __forceinline__ unsigned short rounded(float x) {
+  unsigned short bits;
+  if constexpr (BFLOAT)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+__device__ __forceinline__ unsigned permuted(unsigned low, unsigned high, unsigned selectors) {
+  unsigned bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
+  return bytes;
+}
+
+// The words of one unit of COLUMNS neighbouring outputs.
+constexpr int LANE_WORDS = COLUMNS * STAGES;
+constexpr long long NEXT_TURN = 4LL * UNIT_WORDS * OUTPUTS * STAGES;  // words from a unit to the quad's next
+
+// Where the unit `unit` of the outputs from `out` on begins.
+__device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int unit, int out) {
+  return words + ((long long)unit * UNIT_WORDS * OUTPUTS + min(out, LAST_OUT)) * STAGES;
+}
+
+// Reads the unit at `from`. Beyond the end of the input side it reads what is before.
+template <bool INSIDE>
+__device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS], const unsigned* from, int unit, int out) {
+#pragma unroll
+  for (int i = 0; i < UNIT_WORDS; ++i) {
+    const int beyond = INSIDE ? 0 : max(0, unit * UNIT_WORDS + i - (WORD_ROWS - 1));
+    const unsigned* row = from + (long long)(i - beyond) * OUTPUTS * STAGES;
+    if constexpr (OUTPUTS % COLUMNS == 0 && LANE_WORDS % 4 == 0) {
+#pragma unroll
+      for (int j = 0; j < LANE_WORDS; j += 4)
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[i][j]), "=r"(to[i][j + 1]), "=r"(to[i][j + 2]), "=r"(to[i][j + 3])
+                     : "l"(row + j));
+    } else if constexpr (OUTPUTS % COLUMNS == 0 && LANE_WORDS % 2 == 0) {
+#pragma unroll
+      for (int j = 0; j < LANE_WORDS; j += 2)
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(to[i][j]), "=r"(to[i][j + 1])
+                     : "l"(row + j));
+    } else {
+#pragma unroll
+      for (int j = 0; j < LANE_WORDS; ++j) to[i][j] = __ldg(row + (out + j / STAGES < OUTPUTS ? j : j % STAGES));
+    }
+  }
+}
+
+// The bits of eight codes of one output.
+__device__ __forceinline__ unsigned bits_of(const unsigned (&words)[UNIT_WORDS], int at) {
+  const int i = at / 32, begin = at % 32;
+  return begin == 0 ? words[i] : begin + 8 * BITS > 32 && i + 1 < UNIT_WORDS ? __funnelshift_r(words[i], words[i + 1], begin)
+                                                                   : words[i] >> begin;
+}
+
+// `t` where `mask` is set, `t` moved up elsewhere.
+__device__ __forceinline__ unsigned apart(unsigned t, unsigned mask, int by) { return (t & mask) | (t << by & ~mask); }
+
+// Eight codes of at most 4 bits, one in each nibble, as a byte permutation selects by.
+__device__ __forceinline__ unsigned nibbles(const unsigned (&words)[UNIT_WORDS], int octet) {
+  unsigned t = bits_of(words, octet * 8 * BITS);
+  if constexpr (BITS == 3)
+    t = apart(apart(apart(t, 0x00000fff, 4), 0x003f003f, 2), 0x07070707, 1) & 0x77777777;
+  else if constexpr (BITS == 2)
+    t = apart(apart(apart(t, 0x000000ff, 8), 0x000f000f, 4), 0x03030303, 2) & 0x33333333;
+  else if constexpr (BITS == 1)
+    t = apart(apart(apart(t, 0x0000000f, 12), 0x00030003, 6), 0x01010101, 3) & 0x11111111;
+  return t;
+}
+
+struct Decoder {
+  const void *vectors, *scales, *zeros;
+
+  __device__ __forceinline__ long long block(int group, int out, int g_blocks, int out_blocks) const {
+    const int g = group / (FINEST / g_blocks), o = min(out, OUTPUTS - 1) / (OUTPUTS / out_blocks);
+    return (long long)g * out_blocks + o;
+  }
+  __device__ __forceinline__ float scale(int group, int out, int stage = 0) const {
+    if constexpr (SCALES == 0) return 1;
+    return number<SCALES>(scales, block(group, out, SCALE_G, SCALE_OUT) * SCALE_STAGES + min(stage, SCALE_STAGES - 1));
+  }
+  __device__ __forceinline__ float zero(int group, int out) const {
+    if constexpr (ZEROS == 0) return BITS == 1 ? 0.5f : (1 << (BITS - 1)) - 1.f;
+    return number<ZEROS>(zeros, block(group, out, G_BLOCKS, OUT_BLOCKS));
+  }
+  // Value `j` of the vector of a code, without its scale; of the last code for those beyond.
+  __device__ __forceinline__ float entry(int group, int out, int stage, int code, int j) const {
+    const long long table = block(group, out, G_BLOCKS, OUT_BLOCKS) * STAGES + stage;
+    return number<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
+  }
+};
+

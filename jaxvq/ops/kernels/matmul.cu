@@ -1,0 +1,378 @@
+// x @ w with the codes of w read straight from memory, by the matrix units; or, with EXPAND, w itself.
+//
+// A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS neighbouring outputs. The four quads
+// take turns along the input side, each reading whole units. The eight values decoded at a time become four registers,
+// which are a lane's share of the first factor of a product of tiles (w, transposed); the second factor is x. A weight
+// goes from memory to a register to a product and never comes by shared memory.
+//
+// How the four registers (pairs of values p0 to p3 of one output) make up a product depends on the rows of x. With few
+// (SPLIT) they are used as they come: p0 and p2 as row r of the tile, p1 and p3 as row r + 8, against two columns for
+// each row of x, which hold what p0, p2 and what p1, p3 are to be multiplied by. With many, rows r and r + 8 are two
+// outputs, and a row of x takes one column.
+//
+// Palettes of 16 values are looked up in eight registers, a byte at a time. Vectors are looked up in shared memory, in
+// as many COPIES as let lanes read without waiting for each other, or in global memory (no copies).
+//
+// The K_WARPS of a block share the input side and add up at the end, in a fixed order.
+//
+// Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit type
+// of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0 for
+// none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
+// their way), BLOCKS (at once on a processor), EXPAND.
+
+#include "codes.cuh"
+
+constexpr bool SPLIT = ROWS <= 4, PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
+constexpr int THREADS = K_WARPS * OUT_WARPS * 32, TURNS = (UNITS + 4 * SPAN - 1) / (4 * SPAN) * SPAN;
+constexpr int BLOCK_OUTS = OUTS * OUT_WARPS, BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
+constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (4 * SPAN) == 0;
+constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : (COLUMNS + 1) / 2;
+__device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+constexpr int CELL = DIM * 2, STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
+constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? K_WARPS * OUT_WARPS * OUTS * 32 : 0;
+constexpr int GROUP_TURNS = GROUPED ? GROUP_CODES / UNIT_CODES / 4 : TURNS;
+constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * 4 * UNIT_VALUES * 2 : 0;
+
+__device__ __forceinline__ unsigned two_halves(float low, float high) {
+  unsigned both;
+  if constexpr (BFLOAT)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+__device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                                         unsigned b1) {
+  if constexpr (BFLOAT)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Writes a warp's palettes: for each output the lower bytes of sixteen 16-bit floats, then the upper ones.
+__device__ __forceinline__ void write_palettes(unsigned char* palettes, const Decoder& decoder, int group, int first_out,
+                                               int lane) {
+#pragma unroll 2
+  for (int i = lane; i < OUTS * 8; i += 32) {
+    const int out = first_out + i / 8, part = i % 8;
+    const float scale = decoder.scale(group, out);
+    const unsigned both = two_halves(decoder.entry(group, out, 0, 2 * part, 0) * scale,
+                                     decoder.entry(group, out, 0, 2 * part + 1, 0) * scale);
+    unsigned short* to = reinterpret_cast<unsigned short*>(palettes + i / 8 * 32) + part;
+    to[0] = (unsigned short)__byte_perm(both, 0, 0x4420), to[8] = (unsigned short)__byte_perm(both, 0, 0x4431);
+  }
+}
+
+// Each thread writes all copies of an entry, beginning with that of its own lane, so that they do not meet in a bank.
+__device__ __forceinline__ void write_table(unsigned char* table, const Decoder& decoder) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < ENTRIES * STAGES; i += THREADS) {
+    const int stage = i % STAGES, code = i / STAGES;
+    unsigned cell[(DIM + 1) / 2];
+    if constexpr (SCALES == 0 && VECTORS == (BFLOAT ? BFLOAT16 : FLOAT16)) {
+      const unsigned* from = static_cast<const unsigned*>(decoder.vectors) + (stage * ENTRIES + code) * (DIM / 2);
+      if constexpr (DIM == 8) {
+        const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
+        cell[0] = all.x, cell[1] = all.y, cell[2] = all.z, cell[3] = all.w;
+      } else {
+#pragma unroll
+        for (int j = 0; j < DIM / 2; ++j) cell[j] = __ldg(from + j);
+      }
+    } else {
+      const float scale = decoder.scale(0, 0, stage);
+#pragma unroll
+      for (int j = 0; j < DIM / 2; ++j)
+        cell[j] = two_halves(decoder.entry(0, 0, stage, code, 2 * j) * scale,
+                             decoder.entry(0, 0, stage, code, 2 * j + 1) * scale);
+    }
+#pragma unroll
+    for (int copy = 0; copy < COPIES; ++copy) {
+      unsigned char* to = table + code * STRIDE + (stage * COPIES + (copy + threadIdx.x) % (COPIES + (COPIES == 0))) * CELL;
+      if constexpr (DIM == 8)
+        *reinterpret_cast<uint4*>(to) = make_uint4(cell[0], cell[1], cell[2], cell[3]);
+      else if constexpr (DIM == 4)
+        *reinterpret_cast<uint2*>(to) = make_uint2(cell[0], cell[1]);
+      else
+        *reinterpret_cast<unsigned*>(to) = cell[0];
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
+    const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
+    const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Decoder decoder{vectors, scales, zeros};
+  const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4;
+  const int warp = threadIdx.x / 32, k_warp = warp % K_WARPS, out_warp = OUT_WARPS == 1 ? 0 : warp / K_WARPS;
+  unsigned char* palettes = memory + warp * OUTS * 32;
+  unsigned char* shared_x = memory + TABLE_BYTES;
+  float* shared_sums = reinterpret_cast<float*>(shared_x + X_BYTES);
+
+  float sums[TILES_M][TILES_N][4];
+  unsigned codes[SPAN][UNIT_WORDS][LANE_WORDS] = {};
+  unsigned entries[COLUMNS][4 * WIDE + 4];
+  int first_out = 0;
+
+  constexpr int X_ROW = TURNS * 4 * UNIT_VALUES;
+  const unsigned char* my_x = shared_x + min(row / 2, ROWS - 1) * X_ROW * 2 + row % 2 * 8;
+
+  // Beyond the rows of x and the outputs anything may be read, since it ends up in sums that nobody asks for. Beyond
+  // the input side x counts as zero.
+  auto eight_inputs = [&](int n, int column) {
+    const unsigned short* from = x + (long long)min(n, ROWS - 1) * INPUTS + column;
+    uint4 all = make_uint4(0, 0, 0, 0);
+    if constexpr (INPUTS % 8 == 0) {
+      if (EXACT || column < INPUTS) all = __ldg(reinterpret_cast<const uint4*>(from));
+    } else {
+      unsigned* to = reinterpret_cast<unsigned*>(&all);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (column + i < INPUTS) to[i / 2] |= (unsigned)__ldg(from + i) << i % 2 * 16;
+    }
+    return all;
+  };
+
+  // This warp's turns: whole groups, or else as many as are on their way.
+  constexpr int PART_TURNS = PALETTE && GROUPED ? GROUP_TURNS : SPAN;
+  static_assert(PART_TURNS % SPAN == 0, "a group must end where a span ends");
+  constexpr long long NEXT_PART = ((K_WARPS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
+  const unsigned* from;
+  auto start_of = [&](int block) {
+    return unit_at(words, k_warp * PART_TURNS * 4 + quad, block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
+  };
+  auto read = [&](int s, int turn, int block) {
+    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad, block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
+  };
+
+  // The code whose bits begin at bit `at` of the unit, times 2**shift.
+  auto code_at = [&](int s, int column, int stage, int at, int shift) -> unsigned {
+    const int i = at / 32, begin = at % 32;
+    const unsigned mask = ((1u << BITS) - 1) << shift, word = codes[s][i][column * STAGES + stage];
+    if (begin + BITS > 32) return __funnelshift_r(word, codes[s][i + 1][column * STAGES + stage], begin) << shift & mask;
+    return (begin >= shift ? word >> (begin - shift) : word << (shift - begin)) & mask;
+  };
+
+  // Eight values of one output, two to a register.
+  auto decode = [&](int s, int chunk, int column, int stage, int group, unsigned (&values)[4]) {
+    if constexpr (AFFINE) {
+      const int out = first_out + row * COLUMNS + column;
+      const float step = decoder.scale(group, out), zero = decoder.zero(group, out);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float two[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const unsigned code = code_at(s, column, 0, (chunk * 8 + 2 * i + j) * BITS, 0);
+          two[j] = (__uint_as_float(0x4b000000 | code) - 8388608.f - zero) * step;
+        }
+        values[i] = two_halves(two[0], two[1]);
+      }
+    } else if constexpr (PALETTE) {
+      unsigned mine[UNIT_WORDS];
+#pragma unroll
+      for (int i = 0; i < UNIT_WORDS; ++i) mine[i] = codes[s][i][column];
+      const unsigned all = nibbles(mine, chunk), lower = WIDE ? all & 0x77777777 : all;
+      const unsigned upper = WIDE ? (all >> 1 & 0x44444444) | 0x32103210 : 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        unsigned bytes[2];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const unsigned* from = entries[column] + b * (WIDE ? 4 : 2);
+          bytes[b] = permuted(from[0], from[1], lower >> half * 16);
+          if constexpr (WIDE)
+            bytes[b] = permuted(bytes[b], permuted(from[2], from[3], lower >> half * 16), upper >> half * 16);
+        }
+        values[half * 2] = permuted(bytes[0], bytes[1], 0x5140), values[half * 2 + 1] = permuted(bytes[0], bytes[1], 0x7362);
+      }
+    } else {
+      constexpr int SHIFT = TABLE ? log2_of(STRIDE) : 0;
+      const unsigned copy = TABLE ? lane % (COPIES > 0 ? COPIES : 1) * CELL : 0;
+#pragma unroll
+      for (int i = 0; i < 8 / DIM; ++i) {
+        const int at = (chunk * 8 / DIM + i) * BITS;
+        unsigned offset;
+        if constexpr (BITS == 8 && STRIDE == 256)
+          offset = __byte_perm(codes[s][at / 32][column * STAGES + stage], copy, 0x7704 | at % 32 / 8 << 4);
+        else
+          offset = code_at(s, column, stage, at, SHIFT) | copy;
+        const void* from = TABLE ? static_cast<const void*>(memory + stage * COPIES * CELL + offset)
+                                 : static_cast<const char*>(vectors) + ((long long)stage * ENTRIES + offset) * CELL;
+        if constexpr (DIM == 8) {
+          const uint4 all = TABLE ? *static_cast<const uint4*>(from) : __ldg(static_cast<const uint4*>(from));
+          values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
+        } else if constexpr (DIM == 4) {
+          const uint2 all = TABLE ? *static_cast<const uint2*>(from) : __ldg(static_cast<const uint2*>(from));
+          values[i * 2] = all.x, values[i * 2 + 1] = all.y;
+        } else {
+          values[i] = TABLE ? *static_cast<const unsigned*>(from) : __ldg(static_cast<const unsigned*>(from));
+        }
+      }
+    }
+  };
+
+  auto write = [&](int unit, int chunk, unsigned (&a)[COLUMNS][4]) {
+    const int out = first_out + row * COLUMNS, input = unit * UNIT_VALUES + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      unsigned short* to = y + (long long)(input + i) * OUTPUTS + out;
+      if (input + i >= INPUTS || out >= OUTPUTS) continue;
+      if constexpr (OUTPUTS % COLUMNS == 0 && COLUMNS == 4) {
+        const int pick = i % 2 ? 0x7632 : 0x5410;
+        *reinterpret_cast<uint2*>(to) =
+            make_uint2(__byte_perm(a[0][i / 2], a[1][i / 2], pick), __byte_perm(a[2][i / 2], a[3][i / 2], pick));
+      } else {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+          if (out + c < OUTPUTS) to[c] = (unsigned short)(a[c][i / 2] >> i % 2 * 16);
+      }
+    }
+  };
+
+  auto use = [&](int s, int turn) {
+      const int unit = turn * 4 + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
+#pragma unroll
+      for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
+        if constexpr (EXPAND) {
+          unsigned a[COLUMNS][4];
+#pragma unroll
+          for (int column = 0; column < COLUMNS; ++column) {
+            decode(s, chunk, column, 0, group, a[column]);
+            if constexpr (STAGES > 1) {
+              float values[8] = {};
+              for (int stage = 0; stage < STAGES; ++stage) {
+                unsigned part[4];
+                decode(s, chunk, column, stage, group, part);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) values[i] += x_value((unsigned short)(part[i / 2] >> i % 2 * 16));
+              }
+#pragma unroll
+              for (int i = 0; i < 4; ++i) a[column][i] = two_halves(values[2 * i], values[2 * i + 1]);
+            }
+          }
+          write(unit, chunk, a);
+        } else {
+          unsigned b[TILES_N][4];
+#pragma unroll
+          for (int tile = 0; tile < TILES_N; ++tile)
+            if constexpr (SPLIT) {
+              const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
+              b[0][0] = two.x, b[0][1] = two.y;
+            } else {
+              const uint4 all = eight_inputs(tile * 8 + row, unit * UNIT_VALUES + chunk * 8);
+              b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
+            }
+#pragma unroll
+          for (int stage = 0; stage < STAGES; ++stage) {
+            unsigned a[COLUMNS + COLUMNS % 2][4] = {};
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column) {
+              decode(s, chunk, column, stage, group, a[column]);
+              if constexpr (SPLIT)
+                multiply(sums[column][0], a[column][0], a[column][1], a[column][2], a[column][3], b[0][0], b[0][1]);
+            }
+            if constexpr (!SPLIT)
+#pragma unroll
+              for (int i = 0; i < 4; i += 2)
+#pragma unroll
+                for (int t = 0; t < TILES_M; ++t)
+#pragma unroll
+                  for (int tile = 0; tile < TILES_N; ++tile)
+                    multiply(sums[t][tile], a[2 * t][i], a[2 * t + 1][i], a[2 * t][i + 1], a[2 * t + 1][i + 1],
+                             b[tile][i], b[tile][i + 1]);
+          }
+        }
+      }
+  };
+
+  auto load_palettes = [&](int group) {
+    __syncwarp();
+    write_palettes(palettes, decoder, group, first_out, lane);
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const uint4 all = *reinterpret_cast<const uint4*>(palettes + (row * COLUMNS + c) * 32 + b * 16);
+        unsigned* to = entries[c] + b * (WIDE ? 4 : 2);
+        to[0] = all.x, to[1] = all.y;
+        if constexpr (WIDE) to[2] = all.z, to[3] = all.w;
+      }
+  };
+
+  from = start_of(blockIdx.x);
+#pragma unroll
+  for (int s = 0; s < SPAN; ++s)
+    if (k_warp * PART_TURNS < TURNS) read(s, k_warp * PART_TURNS, blockIdx.x);
+  if constexpr (TABLE) write_table(memory, decoder);
+  // Few rows of x are in shared memory, pairs 0 and 2 of eight values before pairs 1 and 3.
+  if constexpr (X_BYTES > 0) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < X_BYTES / 16; i += THREADS) {
+      const uint4 all = eight_inputs(i / (X_ROW / 8), i % (X_ROW / 8) * 8);
+      *reinterpret_cast<uint4*>(shared_x + i * 16) = make_uint4(all.x, all.z, all.y, all.w);
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int block = blockIdx.x; block < BLOCKS_OF_OUTS; block += gridDim.x) {
+    first_out = block * BLOCK_OUTS + out_warp * OUTS;
+#pragma unroll
+    for (int t = 0; t < TILES_M; ++t)
+#pragma unroll
+      for (int tile = 0; tile < TILES_N; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[t][tile][i] = 0;
+    const int next = block + gridDim.x;
+    const bool more = next < BLOCKS_OF_OUTS;
+    if constexpr (PALETTE && !GROUPED) load_palettes(0);
+#pragma unroll 1
+    for (int turn = k_warp * PART_TURNS; turn < TURNS;) {
+      if constexpr (PALETTE && GROUPED)
+        if (turn % PART_TURNS == 0) load_palettes(turn / PART_TURNS);
+      const bool part_ends = (turn + SPAN) % PART_TURNS == 0;
+      const int following = turn + SPAN + (part_ends ? (K_WARPS - 1) * PART_TURNS : 0);
+      const bool last = following >= TURNS;
+      from = last ? start_of(next) : from + (part_ends ? NEXT_PART : SPAN * NEXT_TURN);
+#pragma unroll
+      for (int s = 0; s < SPAN; ++s) {
+        use(s, turn + s);
+        if (!last || more) read(s, last ? k_warp * PART_TURNS : following, last ? next : block);
+      }
+      turn = following;
+    }
+    if constexpr (!EXPAND) {
+#pragma unroll
+      for (int t = 0; t < TILES_M; ++t)
+#pragma unroll
+        for (int tile = 0; tile < TILES_N; ++tile) {
+          float* to = shared_sums + k_warp * ROWS * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS;
+          if constexpr (SPLIT) {
+            if (quad < ROWS) to[quad * BLOCK_OUTS + t] = sums[t][tile][0] + sums[t][tile][3];
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int n = tile * 8 + 2 * quad + i % 2, c = 2 * t + i / 2;
+              if (n < ROWS && c < COLUMNS) to[n * BLOCK_OUTS + c] = sums[t][tile][i];
+            }
+          }
+        }
+      __syncthreads();
+#pragma unroll 1
+      for (int i = threadIdx.x; i < ROWS * BLOCK_OUTS; i += THREADS) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < K_WARPS; ++w) sum += shared_sums[w * ROWS * BLOCK_OUTS + i];
+        const int out = block * BLOCK_OUTS + i % BLOCK_OUTS;
+        if (out < OUTPUTS) y[(long long)(i / BLOCK_OUTS) * OUTPUTS + out] = rounded(sum);
+      }
+      __syncthreads();
+    }
+  }
+}

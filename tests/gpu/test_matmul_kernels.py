@@ -1,0 +1,100 @@
+"""The kernels of products against float64: `pytest -m gpu` on a machine with an NVIDIA GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvq.array import combine, partition
+from jaxvq.ops import cuda, fused
+from jaxvq.ops.matmul import matmul
+from tests.ops.matmul_cases import FORMATS, PALETTES, ROWS, SHAPES, VECTORS, inputs, relative_error, weight
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU"),
+    pytest.mark.skipif(cuda.compiler() is None, reason="NVRTC is not installed"),
+]
+MOST = {"bfloat16": 4e-3, "float16": 1e-3}
+
+
+def expected(x, w):
+    return np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
+
+
+def poison():
+    """Leaves NaN in memory that is free again, so that what a kernel forgets to write shows."""
+    jax.block_until_ready(jnp.full((64, 1024, 1024), jnp.nan))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_have_the_digits_of_their_dtype(name, shape):
+    w = weight(name, shape)
+    served = fused.reason(1, shape[0], jnp.bfloat16, w) is None
+    assert served or shape == (32, 8), fused.reason(1, shape[0], jnp.bfloat16, w)
+    for rows in ROWS if served else []:
+        for dtype in MOST if rows < 16 else ["bfloat16"]:
+            x = inputs(rows, shape[0], dtype)
+            poison()
+            got = jax.jit(functools.partial(matmul, backend="cuda"))(x, w)
+            assert got.dtype == x.dtype
+            assert relative_error(got, expected(x, w)) < MOST[dtype], (rows, dtype)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_weight_is_written_out_as_it_is_decoded(name):
+    w = weight(name, (1000, 77))
+    poison()
+    got = jax.jit(lambda w: fused.expand(w, jnp.float16))(w)
+    assert relative_error(got, w.dequantize()) < 1e-3
+
+
+@pytest.mark.parametrize("name", [next(iter(PALETTES)), next(iter(VECTORS)), "4 bits, groups"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_gradients_are_those_of_the_plain_program(name, rows):
+    w, x = weight(name, (512, 96)), inputs(rows, 512, "bfloat16")
+    trainable, frozen = partition(w)
+
+    def loss(x, trainable, backend):
+        return jnp.sum(matmul(x, combine(trainable, frozen), backend=backend).astype(jnp.float32) ** 2)
+
+    by_kernel, plain = (jax.grad(loss, argnums=(0, 1))(x, trainable, way) for way in ("cuda", "xla"))
+    for ours, theirs in zip(jax.tree.leaves(by_kernel), jax.tree.leaves(plain), strict=True):
+        assert relative_error(ours, theirs) < 2e-2
+
+
+def test_the_kernel_is_what_runs_and_once():
+    w, x = weight("4-bit palettes", (1024, 96)), inputs(1, 1024, "bfloat16")
+    text = jax.jit(matmul).lower(x, w).compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.ptx"') == 1
+    assert "gather" not in text
+
+
+def test_values_that_are_not_finite_stay_so():
+    w, x = weight("4-bit palettes", (1024, 96)), inputs(1, 1024, "bfloat16")
+    assert not np.isfinite(np.asarray(matmul(x.at[0, 3].set(jnp.nan), w), "f")).any()
+    assert not np.isfinite(np.asarray(matmul(x.at[0, 3].set(jnp.inf), w), "f")).any()
+    spoilt = jax.tree.map(lambda leaf: leaf.at[0, 5, 0, 3, 0].set(jnp.nan) if leaf.ndim == 5 else leaf, w)
+    columns = np.isfinite(np.asarray(matmul(x, spoilt), "f"))[0]
+    assert not columns[5]
+    assert columns.sum() == 95
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20, 1e35])
+def test_rows_of_very_different_sizes(scale):
+    w = weight("4-bit palettes", (1024, 96))
+    x = (inputs(2, 1024, "float32") * jnp.array([[1.0], [scale]], jnp.float32)).astype(jnp.bfloat16)
+    got, plain = np.asarray(matmul(x, w), np.float64), expected(x, w)
+    assert relative_error(got[0], plain[0]) < 4e-3
+    assert np.abs(got[1] - plain[1]).max() <= 4e-3 * np.abs(plain[1]).max() + 1e-37
+
+
+def test_products_run_inside_loops_and_maps():
+    w, xs = weight("3-bit palettes", (1024, 96)), inputs(5, 1024, "bfloat16")
+    together = np.asarray(matmul(xs, w), "f")
+    mapped = np.asarray(jax.lax.map(lambda x: matmul(x, w), xs), "f")
+    np.testing.assert_allclose(mapped, together, rtol=2e-2, atol=0.5)
+    np.testing.assert_array_equal(jax.vmap(lambda x: matmul(x, w))(xs), matmul(xs, w))

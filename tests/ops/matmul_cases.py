@@ -1,0 +1,79 @@
+"""The formats and shapes that every way to multiply must serve: `tests/ops` and `tests/gpu` run them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvq.array import Affine, Codebook, QuantizedArray
+from jaxvq.bits import pack
+from jaxvq.layout import Layout
+
+# name: bits, values of a code, stages, entries, (#g or values in a group, #out) of the decoder, dtype of its vectors
+PALETTES = {
+    "4-bit palettes": (4, 1, 1, 16, (1, "out"), "float32"),
+    "4-bit palette of the tensor": (4, 1, 1, 16, (1, 1), "float32"),
+    "4-bit palettes of groups": (4, 1, 1, 16, ("g", "out"), "bfloat16"),
+    "4-bit int8 palettes": (4, 1, 1, 16, (1, "out"), "int8"),
+    "4-bit int8 palettes of groups": (4, 1, 1, 16, ("g", "out"), "int8"),
+    "13 entries": (4, 1, 1, 13, (1, "out"), "float16"),
+    "3-bit palettes": (3, 1, 1, 8, (1, "out"), "float32"),
+    "3-bit palettes of groups": (3, 1, 1, 8, ("g", "out"), "float32"),
+    "2-bit palettes": (2, 1, 1, 4, (1, "out"), "bfloat16"),
+    "1-bit palettes": (1, 1, 1, 2, (1, "out"), "float32"),
+}
+VECTORS = {
+    "2 x 8 bits, d=8": (8, 8, 2, 256, (1, 1), "float32"),
+    "1 x 12 bits, d=8": (12, 8, 1, 4096, (1, 1), "bfloat16"),
+    "1 x 16 bits, d=8": (16, 8, 1, 65536, (1, 1), "bfloat16"),
+    "1 x 14 bits, d=4, int8": (14, 4, 1, 10_000, (1, 1), "int8"),
+    "3 x 6 bits, d=4, int8": (6, 4, 3, 64, (1, 1), "int8"),
+    "4 x 4 bits, d=8": (4, 8, 4, 16, (1, 1), "float16"),
+    "1 x 8 bits, d=2": (8, 2, 1, 200, (1, 1), "float32"),
+    "1 x 5 bits, d=4": (5, 4, 1, 32, (1, 1), "float32"),
+}
+LEVELS = {f"{bits} bits": (bits, (1, "out"), True) for bits in range(1, 9)} | {
+    "4 bits, symmetric": (4, (1, 1), False),
+    "4 bits, groups": (4, ("g", "out"), True),
+    "8 bits, symmetric groups": (8, ("g", "out"), False),
+    "1 bit, symmetric": (1, (1, "out"), False),
+}
+FORMATS = [*PALETTES, *VECTORS, *LEVELS]
+GROUP = 128
+SHAPES = [(1024, 96), (1000, 77), (256, 4098), (32, 8)]
+ROWS = [1, 2, 3, 16, 33, 100]
+
+
+def weight(name: str, shape: tuple[int, int], seed: int = 0) -> QuantizedArray:
+    """A quantized weight of a format and shape with random codes and a random decoder."""
+    generator = np.random.default_rng(seed)
+    affine = name in LEVELS
+    levels = (LEVELS[name][0], 1, 1, 0, LEVELS[name][1], "float32") if affine else None
+    bits, dim, stages, entries, blocks, dtype = levels or (PALETTES | VECTORS)[name]
+    grouped = blocks[0] == "g"
+    layout = Layout.of(shape, "float32", dim=dim, group=min(GROUP, shape[0]) if grouped else 1)
+    g, out = layout.grid
+    sizes = (g // min(GROUP, shape[0]) if grouped else 1, out if blocks[1] == "out" else 1)
+    if affine:
+        zeros = jnp.asarray(generator.uniform(0, 2**bits, (*sizes, 1)), jnp.float32) if LEVELS[name][2] else None
+        decoder = Affine(jnp.asarray(generator.uniform(0.1, 1, (*sizes, 1)), jnp.float32), zeros)
+        entries = decoder.entries(bits)
+    else:
+        vectors = generator.normal(size=(*sizes, stages, entries, dim))
+        scale = None
+        if dtype == "int8":
+            vectors = np.clip(np.round(40 * vectors), -127, 127)
+            scale = jnp.asarray(generator.uniform(0.01, 0.1, (*sizes, stages, 1, 1)), jnp.float32)
+        decoder = Codebook(jnp.asarray(vectors, dtype), scale)
+    codes = jnp.asarray(generator.integers(0, entries, (g, out, stages)), jnp.uint32)
+    return QuantizedArray(pack(codes, bits, axis=0), decoder, layout)
+
+
+def inputs(rows: int, columns: int, dtype: str, seed: int = 1) -> jax.Array:
+    """Activations."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, columns)), dtype)
+
+
+def relative_error(got, expected) -> float:
+    """|got - expected| / |expected| in float64."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
