@@ -20,6 +20,7 @@ from jaxvq.metrics import report as report
 from jaxvq.ops.conv import conv as conv
 from jaxvq.ops.conv import conv_transpose as conv_transpose
 from jaxvq.ops.matmul import matmul as matmul
+from jaxvq.ops.matmul import supports as supports
 from jaxvq.ops.nearest import nearest as nearest
 from jaxvq.ops.nearest import vq as vq
 from jaxvq.ops.take import take as take

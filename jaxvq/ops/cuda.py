@@ -39,7 +39,8 @@ def shared_nbytes() -> int:
         capability = str(jax.local_devices(backend="gpu")[0].compute_capability)
     except (RuntimeError, AttributeError):
         return 1024 * SHARED_KIB_OF_OTHERS
-    if int(capability.split(".")[0]) < 8:
+    major = capability.split(".")[0]
+    if not major.isdigit() or int(major) < 8:  # other makers' chips have names here
         return 0
     return 1024 * SHARED_KIB.get(capability, SHARED_KIB_OF_OTHERS)
 

@@ -38,6 +38,7 @@ class Tiles:
       span: turns of a warp that are read before the first is used.
       blocks: of threads, at once on a processor.
       copies: of a table of vectors in shared memory; 0 leaves it in global memory.
+      split: few rows of x wait in shared memory.
     """
 
     kernel: str
@@ -47,6 +48,7 @@ class Tiles:
     span: int
     blocks: int
     copies: int = 0
+    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +56,18 @@ class Problem:
     """The sizes of a product, which a kernel is compiled for.
 
     Attributes:
-      rows: of x; 0 where the weight itself is wanted.
+      rows: of x.
       inputs: columns of x.
       dtype: of x.
       w: the weight; only its shapes and dtypes count.
+      expand: the weight itself is wanted.
     """
 
     rows: int
     inputs: int
     dtype: Any
     w: QuantizedArray
+    expand: bool = False
 
     @property
     def bits(self) -> int:
@@ -131,10 +135,12 @@ def reason(rows: int, inputs: int, dtype: Any, w: QuantizedArray) -> str | None:
     if cuda.compiler() is None:
         return 'the kernels\' compiler is missing: pip install "jaxvq[cuda]"'
     if cuda.shared_nbytes() == 0:
-        return "the GPU is older than compute capability 8.0"
+        return "the GPU is none of NVIDIA's of compute capability 8.0 or later"
     if jnp.dtype(dtype).name not in ("float16", "bfloat16"):
         return f"`x` must be float16 or bfloat16, got {jnp.dtype(dtype).name}"
     problem = Problem(rows, inputs, dtype, w)
+    if 0 in (rows, inputs, problem.outputs):
+        return f"there is nothing to multiply, got {rows} rows, {inputs} inputs and {problem.outputs} outputs"
     for part in problem.parts:
         if part is not None and part.dtype.name not in TYPES:
             return f"the decoder must be float32, bfloat16, float16 or int8, got {part.dtype.name}"
@@ -150,7 +156,8 @@ def _reason_of_format(problem: Problem) -> str | None:
     if vectors is None and bits > 8:
         return f"evenly spaced levels must have at most 8 bits, got {bits}"
     if vectors is not None and dim == 1 and (vectors.shape[3] > PALETTE_MOST or bits > 4 or stages > 1):
-        return f"palettes must have one stage of at most {PALETTE_MOST} values, got {stages} of {vectors.shape[3]}"
+        got = f"{stages} of {vectors.shape[3]} at {bits} bits"
+        return f"palettes must have one stage of at most {PALETTE_MOST} values and 4 bits, got {got}"
     if dim not in (1, 2, 4, 8):
         return f"vectors must have 1, 2, 4 or 8 values, got {dim}"
     if dim > 1 and (table != (1, 1) or scale[:2] != (1, 1)):
@@ -175,14 +182,15 @@ def product(x: Float[Array, "n a"], w: QuantizedArray) -> Float[Array, "n b"]:
 def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
     """The weight as the layout's matrix, rounded to `dtype`."""
     inputs = w.layout.matrix_shape[0]
-    problem = Problem(0, inputs, jnp.dtype(dtype), w)
-    tiles = dataclasses.replace(_by_floats(problem), blocks=2)
+    problem = Problem(1, inputs, jnp.dtype(dtype), w, expand=True)
+    tiles = _by_floats(problem)
     return _launch(problem, tiles, jnp.zeros((), dtype), jax.ShapeDtypeStruct((inputs, problem.outputs), dtype))
 
 
 def choose(problem: Problem) -> Tiles | None:
     """The tiles of the fastest kernel for a product; None where the weight had better be written out."""
-    if problem.dim == 1 and problem.rows <= ROWS_OF_SCALARS:
+    palettes_of_groups = problem.groups > 1 and problem.parts[0] is not None  # dear to turn into digits
+    if problem.dim == 1 and problem.rows <= ROWS_OF_SCALARS and not palettes_of_groups:
         tiles = _by_integers(problem)
         if scalars_nbytes(problem, tiles) <= cuda.shared_nbytes():
             return tiles
@@ -199,27 +207,40 @@ def _columns(problem: Problem) -> int:
 
 
 def _by_integers(problem: Problem) -> Tiles:
+    """Tiles for `kernels/scalars.cu`: of few outputs all threads of a processor do the same ones."""
     columns = _columns(problem)
     few = problem.outputs <= PROCESSORS * 8 * columns
-    span = max(1, (4 if few or problem.bits == 4 else 6) // problem.unit[0])
-    span = math.gcd(span, problem.group_turns) if problem.groups > 1 else 4 if span > 4 else span
-    return Tiles("scalars", columns, 16 if few else 8, 1, span, 1 if few else 2)
+    span = {1: 2, 2: 2, 4: 4}.get(problem.bits, max(1, 8 // problem.unit[0]))
+    if few:
+        span = min(span, max(1, 4 // problem.unit[0]))
+    if problem.groups > 1:
+        span = math.gcd(span, problem.group_turns)
+    tiles = Tiles("scalars", columns, 16 if few else 8, 1, span, 1 if few else 2)
+    return _with_room(tiles, scalars_nbytes(problem, tiles))
+
+
+def _with_room(tiles: Tiles, nbytes: int) -> Tiles:
+    """One block at once where two do not fit."""
+    return tiles if tiles.blocks * (nbytes + 1024) <= cuda.shared_nbytes() else dataclasses.replace(tiles, blocks=1)
 
 
 def _by_floats(problem: Problem) -> Tiles:
-    """Tiles for `kernels/matmul.cu`; one block at once where the tables are large."""
-    span = 4 if problem.dim == 1 and problem.unit[0] == 1 else 1
+    """Tiles for `kernels/matmul.cu`: the most copies of its table for which there is room."""
+    span = 1 if problem.unit[0] * problem.stages > 1 else 4 if problem.dim == 1 else 2
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
     many = problem.outputs >= 64 * PROCESSORS
     k_warps, out_warps = 8, 1
     if many and problem.rows > ROWS_SPLIT:
         k_warps, out_warps = (4, 2) if problem.rows <= 16 else (2, 4)
-    tiles = Tiles(
-        "matmul", _columns(problem), k_warps, out_warps, span, 1 if problem.rows > 16 else 2, _copies(problem)
-    )
-    fits_twice = 2 * (matmul_nbytes(problem, tiles) + 1024) <= cuda.shared_nbytes()
-    return tiles if fits_twice else dataclasses.replace(tiles, blocks=1)
+    blocks = 1 if problem.rows > 16 else 2
+    tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, _copies(problem))
+    splits = [True, False] if problem.rows <= ROWS_SPLIT else [False]
+    copies = [tiles.copies >> n for n in range(tiles.copies.bit_length())] or [0]
+    ways = [dataclasses.replace(tiles, split=split, copies=count) for split in splits for count in copies]
+    fit = (way for way in ways if matmul_nbytes(problem, way) <= cuda.shared_nbytes())
+    tiles = next(fit, ways[-1])
+    return _with_room(tiles, matmul_nbytes(problem, tiles))
 
 
 def _copies(problem: Problem) -> int:
@@ -250,11 +271,14 @@ def scalars_nbytes(problem: Problem, tiles: Tiles) -> int:
 def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
     """Shared memory of a block of `kernels/matmul.cu`: its table or palettes, few rows of x, the sums."""
     warps, outs = tiles.k_warps * tiles.out_warps, 8 * tiles.columns
-    turns = math.ceil(problem.turns / tiles.span) * tiles.span
-    x = problem.rows * turns * 8 * problem.unit[1] * problem.dim if problem.rows <= ROWS_SPLIT else 0
     tables = _table_nbytes(problem) * tiles.copies
-    palettes = warps * outs * 32 if problem.dim == 1 and problem.parts[0] is not None else 0
-    return x + 4 * warps * problem.rows * outs + tables + palettes
+    if problem.dim == 1 and problem.parts[0] is not None:
+        tables = warps * outs * 32
+    if problem.expand:
+        return tables
+    turns = math.ceil(problem.turns / tiles.span) * tiles.span
+    x = problem.rows * turns * 8 * problem.unit[1] * problem.dim if tiles.split else 0
+    return tables + x + 4 * warps * problem.rows * outs
 
 
 def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStruct) -> Array:
@@ -282,8 +306,8 @@ def _constants(problem: Problem, tiles: Tiles, parts: tuple[Array | None, ...]) 
     if parts[1] is None:
         scales = 1, 1, 1
     return {
-        "ROWS": max(1, problem.rows),
-        "EXPAND": int(problem.rows == 0),
+        "ROWS": problem.rows,
+        "EXPAND": int(problem.expand),
         "INPUTS": problem.inputs,
         "OUTPUTS": problem.outputs,
         "LENGTH": problem.w.codes.length,
@@ -303,4 +327,5 @@ def _constants(problem: Problem, tiles: Tiles, parts: tuple[Array | None, ...]) 
         "OUT_WARPS": tiles.out_warps,
         "SPAN": tiles.span,
         "BLOCKS": tiles.blocks,
+        "SPLIT": int(tiles.split),
     }

@@ -199,8 +199,9 @@ def _batched(size: int, in_batched: Any, x: Array, w: QuantizedArray, call: _Cal
     if jax.tree.leaves(w_axes):
         one = functools.partial(_on_its_platform, call=call, kernel=_on_slice)
         return jax.vmap(one, in_axes=(x_axis, w_axes))(x, w), True
-    product = _batchable(x.reshape(-1, x.shape[2]), w, call)
-    return product.reshape(size, -1, product.shape[1]), True
+    rows = x.shape[1]
+    product = _batchable(x.reshape(size * rows, x.shape[2]), w, call)
+    return product.reshape(size, rows, product.shape[1]), True
 
 
 def _on_its_platform(x: Float[Array, "n a"], w: QuantizedArray, call: _Call, kernel: Any) -> Float[Array, "n b"]:

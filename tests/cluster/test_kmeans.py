@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from jaxvq.cluster.kmeans import kmeans, lloyd, one_hot_sums, roughly_nearest, split_for_empty, sums_by_code
-from jaxvq.ops.nearest import nearest
+from jaxvq.cluster.kmeans import (
+    iterate,
+    kmeans,
+    lloyd,
+    moments_by_kernels,
+    one_hot_sums,
+    roughly_nearest,
+    split_for_empty,
+    sums_by_code,
+)
+from jaxvq.ops import cuda
+from jaxvq.ops.nearest import first_smallest, nearest
 
 
 def distortion(points, centroids, weights=None):
@@ -151,6 +161,40 @@ def test_points_spread_over_devices_give_the_codebook_of_one_device():
     alone = kmeans(points, start, iterations=10)
     np.testing.assert_allclose(spread, alone, atol=1e-5)
     np.testing.assert_array_equal(nearest(points, spread), nearest(points, alone))
+
+
+def add_by_hand(values, codes, scales, table):
+    """What `kernels/sums.cu` does, in numpy: whole numbers of 64 bits, as halves."""
+    whole = np.zeros(table.shape[:-1], np.int64)
+    np.add.at(whole[0], np.asarray(codes), np.rint(np.asarray(values * scales, np.float64)).astype(np.int64))
+    return whole.view(np.uint32).reshape(table.shape)
+
+
+def test_points_spread_over_devices_give_the_bits_of_one_device_by_the_kernels(monkeypatch):
+    def launch(name, constants, result, *operands, **_):
+        if name == "sums":
+            values, codes, scales, _, table = operands
+            return jax.pure_callback(add_by_hand, result, values, codes, scales, table)
+        return first_smallest(((operands[0][None] - operands[1][:, None]) ** 2).sum(-1))
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    # The largest points are all on one device: both must scale by them.
+    points = jnp.asarray(np.concatenate([normal(27, 500, 4), 100 * normal(28, 500, 4)]))
+    start = points[::40]
+
+    def fit(points, axis_name):
+        way = {"moments_by": moments_by_kernels, "axis_name": axis_name}
+        sizes = jnp.int32(8), jnp.int32(len(points)), jnp.float32(0)
+        return iterate(points, start, jnp.ones(len(points)), *sizes, **way)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    sharded = jax.shard_map(
+        lambda points: fit(points, "data"), mesh=mesh, in_specs=spread, out_specs=whole, check_vma=False
+    )
+    alone, together = jax.jit(lambda points: fit(points, None))(points), jax.jit(sharded)(points)
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_errors():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvq.array import Affine, Codebook, QuantizedArray
-from jaxvq.bits import pack
+from jaxvq.bits import PackedCodes, pack, word_count
 from jaxvq.layout import Layout
 
 # name: bits, values of a code, stages, entries, (#g or values in a group, #out) of the decoder, dtype of its vectors
@@ -29,6 +29,8 @@ VECTORS = {
     "3 x 6 bits, d=4, int8": (6, 4, 3, 64, (1, 1), "int8"),
     "4 x 4 bits, d=8": (4, 8, 4, 16, (1, 1), "float16"),
     "1 x 8 bits, d=2": (8, 2, 1, 200, (1, 1), "float32"),
+    "1 x 13 bits, d=8, 5000 entries": (13, 8, 1, 5000, (1, 1), "float32"),
+    "1 x 14 bits, d=8, 10,000 entries": (14, 8, 1, 10_000, (1, 1), "bfloat16"),
     "1 x 5 bits, d=4": (5, 4, 1, 32, (1, 1), "float32"),
 }
 LEVELS = {f"{bits} bits": (bits, (1, "out"), True) for bits in range(1, 9)} | {
@@ -46,14 +48,9 @@ ROWS = [1, 2, 3, 16, 33, 100]
 def weight(name: str, shape: tuple[int, int], seed: int = 0) -> QuantizedArray:
     """A quantized weight of a format and shape with random codes and a random decoder."""
     generator = np.random.default_rng(seed)
-    affine = name in LEVELS
-    levels = (LEVELS[name][0], 1, 1, 0, LEVELS[name][1], "float32") if affine else None
-    bits, dim, stages, entries, blocks, dtype = levels or (PALETTES | VECTORS)[name]
-    grouped = blocks[0] == "g"
-    layout = Layout.of(shape, "float32", dim=dim, group=min(GROUP, shape[0]) if grouped else 1)
-    g, out = layout.grid
-    sizes = (g // min(GROUP, shape[0]) if grouped else 1, out if blocks[1] == "out" else 1)
-    if affine:
+    bits, dim, stages, entries, dtype = _form(name)
+    layout, sizes = _sizes(name, shape)
+    if name in LEVELS:
         zeros = jnp.asarray(generator.uniform(0, 2**bits, (*sizes, 1)), jnp.float32) if LEVELS[name][2] else None
         decoder = Affine(jnp.asarray(generator.uniform(0.1, 1, (*sizes, 1)), jnp.float32), zeros)
         entries = decoder.entries(bits)
@@ -64,8 +61,42 @@ def weight(name: str, shape: tuple[int, int], seed: int = 0) -> QuantizedArray:
             vectors = np.clip(np.round(40 * vectors), -127, 127)
             scale = jnp.asarray(generator.uniform(0.01, 0.1, (*sizes, stages, 1, 1)), jnp.float32)
         decoder = Codebook(jnp.asarray(vectors, dtype), scale)
-    codes = jnp.asarray(generator.integers(0, entries, (g, out, stages)), jnp.uint32)
+    codes = jnp.asarray(generator.integers(0, entries, (*layout.grid, stages)), jnp.uint32)
     return QuantizedArray(pack(codes, bits, axis=0), decoder, layout)
+
+
+def described(name: str, shape: tuple[int, int]) -> QuantizedArray:
+    """The shapes and dtypes of such a weight, which may be large."""
+    bits, dim, stages, entries, dtype = _form(name)
+    layout, sizes = _sizes(name, shape)
+    length, outs = layout.grid
+
+    def make() -> QuantizedArray:
+        codes = PackedCodes(jnp.zeros((word_count(length, bits), outs, stages), jnp.uint32), bits=bits, length=length)
+        if name in LEVELS:
+            levels = jnp.zeros((*sizes, 1))
+            return QuantizedArray(codes, Affine(levels, levels if LEVELS[name][2] else None), layout)
+        scale = jnp.zeros((*sizes, stages, 1, 1)) if dtype == "int8" else None
+        return QuantizedArray(codes, Codebook(jnp.zeros((*sizes, stages, entries, dim), dtype), scale), layout)
+
+    return jax.eval_shape(make)
+
+
+def _form(name: str) -> tuple[int, int, int, int, str]:
+    """Bits, values of a code, stages, entries, and the dtype of the decoder."""
+    if name in LEVELS:
+        return LEVELS[name][0], 1, 1, 0, "float32"
+    bits, dim, stages, entries, _, dtype = (PALETTES | VECTORS)[name]
+    return bits, dim, stages, entries, dtype
+
+
+def _sizes(name: str, shape: tuple[int, int]) -> tuple[Layout, tuple[int, int]]:
+    """The layout, and the (#g, #out) of the decoder."""
+    blocks = LEVELS[name][1] if name in LEVELS else (PALETTES | VECTORS)[name][4]
+    grouped, group = blocks[0] == "g", min(GROUP, shape[0])
+    layout = Layout.of(shape, "float32", dim=_form(name)[1], group=group if grouped else 1)
+    g, outs = layout.grid
+    return layout, (g // group if grouped else 1, outs if blocks[1] == "out" else 1)
 
 
 def inputs(rows: int, columns: int, dtype: str, seed: int = 1) -> jax.Array:

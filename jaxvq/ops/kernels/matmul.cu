@@ -5,8 +5,8 @@
 // which are a lane's share of the first factor of a product of tiles (w, transposed); the second factor is x. A weight
 // goes from memory to a register to a product and never comes by shared memory.
 //
-// How the four registers (pairs of values p0 to p3 of one output) make up a product depends on the rows of x. With few
-// (SPLIT) they are used as they come: p0 and p2 as row r of the tile, p1 and p3 as row r + 8, against two columns for
+// How the four registers (pairs of values p0 to p3 of one output) make up a product depends on the rows of x. At most
+// four (SPLIT) wait in shared memory, and the registers are used as they come: p0 and p2 as row r of the tile, p1 and p3 as row r + 8, against two columns for
 // each row of x, which hold what p0, p2 and what p1, p3 are to be multiplied by. With many, rows r and r + 8 are two
 // outputs, and a row of x takes one column.
 //
@@ -18,11 +18,11 @@
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit type
 // of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0 for
 // none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
-// their way), BLOCKS (at once on a processor), EXPAND.
+// their way), BLOCKS (at once on a processor), SPLIT, EXPAND.
 
 #include "codes.cuh"
 
-constexpr bool SPLIT = ROWS <= 4, PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
+constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
 constexpr int THREADS = K_WARPS * OUT_WARPS * 32, TURNS = (UNITS + 4 * SPAN - 1) / (4 * SPAN) * SPAN;
 constexpr int BLOCK_OUTS = OUTS * OUT_WARPS, BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (4 * SPAN) == 0;
@@ -68,14 +68,15 @@ __device__ __forceinline__ void write_palettes(unsigned char* palettes, const De
   }
 }
 
-// Each thread writes all copies of an entry, beginning with that of its own lane, so that they do not meet in a bank.
+// Codes beyond the entries, as those read beyond the input side may be, stand for the last entry. Each thread writes all
+// copies of an entry, beginning with that of its own lane, so that they do not meet in a bank.
 __device__ __forceinline__ void write_table(unsigned char* table, const Decoder& decoder) {
 #pragma unroll 4
-  for (int i = threadIdx.x; i < ENTRIES * STAGES; i += THREADS) {
+  for (int i = threadIdx.x; i < (1 << BITS) * STAGES; i += THREADS) {
     const int stage = i % STAGES, code = i / STAGES;
     unsigned cell[(DIM + 1) / 2];
     if constexpr (SCALES == 0 && VECTORS == (BFLOAT ? BFLOAT16 : FLOAT16)) {
-      const unsigned* from = static_cast<const unsigned*>(decoder.vectors) + (stage * ENTRIES + code) * (DIM / 2);
+      const unsigned* from = static_cast<const unsigned*>(decoder.vectors) + (stage * ENTRIES + min(code, ENTRIES - 1)) * (DIM / 2);
       if constexpr (DIM == 8) {
         const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
         cell[0] = all.x, cell[1] = all.y, cell[2] = all.z, cell[3] = all.w;
@@ -203,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
         else
           offset = code_at(s, column, stage, at, SHIFT) | copy;
         const void* from = TABLE ? static_cast<const void*>(memory + stage * COPIES * CELL + offset)
-                                 : static_cast<const char*>(vectors) + ((long long)stage * ENTRIES + offset) * CELL;
+                                 : static_cast<const char*>(vectors) + ((long long)stage * ENTRIES + min((int)offset, ENTRIES - 1)) * CELL;
         if constexpr (DIM == 8) {
           const uint4 all = TABLE ? *static_cast<const uint4*>(from) : __ldg(static_cast<const uint4*>(from));
           values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;

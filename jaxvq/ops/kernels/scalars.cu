@@ -90,7 +90,7 @@ __device__ __forceinline__ void write_entries(unsigned char* table, const Raw& r
       least = smaller(least, __shfl_xor_sync(~0u, least, far));
       most = -smaller(-most, -__shfl_xor_sync(~0u, most, far));
     }
-    const float step = (most - least) / 16383, inverse = step > 0 ? fminf(1 / step, 3e38f) : 0;
+    const float step = (most - least) * (1.f / 16383), inverse = step > 0 ? fminf(__fdividef(1, step), 3e38f) : 0;
     const int p = min(__float2int_rn((raw.a - least) * inverse), 16383);
     const int q = min(__float2int_rn((raw.b - least) * inverse), 16383);
     *reinterpret_cast<unsigned short*>(row + 2 * part) = (unsigned short)((p & 127) | (q & 127) << 8);
