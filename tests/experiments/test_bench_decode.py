@@ -102,6 +102,23 @@ def test_writes_what_it_found_and_a_chart(tmp_path, capsys):
     assert "4-bit palettes: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("speeds", [(-3.0, 170.0), (5.0, 1e6), (-1.0, -56.0), (1.0, -56.0)])
+def test_times_that_are_noise_are_drawn_all_the_same(speeds, tmp_path):
+    rows = [
+        {
+            "contender": name,
+            "tokens_per_second": speed,
+            "program_nbytes": 1e6,
+            "speed_ratio": speed / speeds[0],
+            "memory_ratio": 1.0,
+            "weights": 1000,
+        }
+        for name, speed in zip(("bf16", "4-bit palettes"), speeds, strict=True)
+    ]
+    bench_decode.draw(rows, dataclasses.replace(ONE_LAYER, out=tmp_path), "a busy machine")
+    assert (tmp_path / "bench_decode.png").exists()
+
+
 def test_every_matrix_is_quantized_and_no_float_is_wide(quiet):
     method = jaxvq.KMeans(bits=2, per="channel", codebook_dtype="int8")
     params = bench_decode.build(method, dataclasses.replace(FEW_SHAPES, fitted=2), quiet)
