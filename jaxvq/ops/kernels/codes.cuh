@@ -9,8 +9,11 @@ __device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); 
 __device__ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 // A unit is the fewest words of an output that end where a code and eight values end.
-__device__ constexpr int unit_codes(int codes, int values) { return values % 8 == 0 ? codes : unit_codes(2 * codes, 2 * values); }
-constexpr int UNIT_CODES = unit_codes(32 / gcd(BITS, 32), 32 / gcd(BITS, 32) * DIM), UNIT_WORDS = UNIT_CODES * BITS / 32;
+__device__ constexpr int unit_codes(int codes, int values) {
+  return values % 8 == 0 ? codes : unit_codes(2 * codes, 2 * values);
+}
+constexpr int UNIT_CODES = unit_codes(32 / gcd(BITS, 32), 32 / gcd(BITS, 32) * DIM),
+              UNIT_WORDS = UNIT_CODES * BITS / 32;
 constexpr int UNIT_VALUES = UNIT_CODES * DIM;
 constexpr int WORD_ROWS = (LENGTH * BITS + 31) / 32, UNITS = (WORD_ROWS + UNIT_WORDS - 1) / UNIT_WORDS;
 constexpr int FINEST = G_BLOCKS > SCALE_G ? G_BLOCKS : SCALE_G;  // groups of the input side with a decoder of their own
@@ -40,10 +43,8 @@ __device__ __forceinline__ float x_value(unsigned short bits) {
 
 __device__ __forceinline__ unsigned short rounded(float x) {
   unsigned short bits;
-  if constexpr (BFLOAT)
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  if constexpr (BFLOAT) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
 }
 
@@ -64,7 +65,8 @@ __device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int un
 
 // Reads the unit at `from`. Beyond the end of the input side it reads what is before.
 template <bool INSIDE>
-__device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS], const unsigned* from, int unit, int out) {
+__device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS], const unsigned* from, int unit,
+                                          int out) {
 #pragma unroll
   for (int i = 0; i < UNIT_WORDS; ++i) {
     const int beyond = INSIDE ? 0 : max(0, unit * UNIT_WORDS + i - (WORD_ROWS - 1));
@@ -91,8 +93,9 @@ __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS]
 // The bits of eight codes of one output.
 __device__ __forceinline__ unsigned bits_of(const unsigned (&words)[UNIT_WORDS], int at) {
   const int i = at / 32, begin = at % 32;
-  return begin == 0 ? words[i] : begin + 8 * BITS > 32 && i + 1 < UNIT_WORDS ? __funnelshift_r(words[i], words[i + 1], begin)
-                                                                   : words[i] >> begin;
+  return begin == 0                                    ? words[i]
+         : begin + 8 * BITS > 32 && i + 1 < UNIT_WORDS ? __funnelshift_r(words[i], words[i + 1], begin)
+                                                       : words[i] >> begin;
 }
 
 // `t` where `mask` is set, `t` moved up elsewhere.
@@ -101,12 +104,9 @@ __device__ __forceinline__ unsigned apart(unsigned t, unsigned mask, int by) { r
 // Eight codes of at most 4 bits, one in each nibble, as a byte permutation selects by.
 __device__ __forceinline__ unsigned nibbles(const unsigned (&words)[UNIT_WORDS], int octet) {
   unsigned t = bits_of(words, octet * 8 * BITS);
-  if constexpr (BITS == 3)
-    t = apart(apart(apart(t, 0x00000fff, 4), 0x003f003f, 2), 0x07070707, 1) & 0x77777777;
-  else if constexpr (BITS == 2)
-    t = apart(apart(apart(t, 0x000000ff, 8), 0x000f000f, 4), 0x03030303, 2) & 0x33333333;
-  else if constexpr (BITS == 1)
-    t = apart(apart(apart(t, 0x0000000f, 12), 0x00030003, 6), 0x01010101, 3) & 0x11111111;
+  if constexpr (BITS == 3) t = apart(apart(apart(t, 0x00000fff, 4), 0x003f003f, 2), 0x07070707, 1) & 0x77777777;
+  else if constexpr (BITS == 2) t = apart(apart(apart(t, 0x000000ff, 8), 0x000f000f, 4), 0x03030303, 2) & 0x33333333;
+  else if constexpr (BITS == 1) t = apart(apart(apart(t, 0x0000000f, 12), 0x00030003, 6), 0x01010101, 3) & 0x11111111;
   return t;
 }
 
@@ -131,4 +131,3 @@ struct Decoder {
     return number<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
   }
 };
-

@@ -6,18 +6,18 @@
 // goes from memory to a register to a product and never comes by shared memory.
 //
 // How the four registers (pairs of values p0 to p3 of one output) make up a product depends on the rows of x. At most
-// four (SPLIT) wait in shared memory, and the registers are used as they come: p0 and p2 as row r of the tile, p1 and p3 as row r + 8, against two columns for
-// each row of x, which hold what p0, p2 and what p1, p3 are to be multiplied by. With many, rows r and r + 8 are two
-// outputs, and a row of x takes one column.
+// four (SPLIT) wait in shared memory, and the registers are used as they come: p0 and p2 as row r of the tile, p1 and
+// p3 as row r + 8, against two columns for each row of x, which hold what p0, p2 and what p1, p3 are to be
+// multiplied by. With many, rows r and r + 8 are two outputs, and a row of x takes one column.
 //
 // Palettes of 16 values are looked up in eight registers, a byte at a time. Vectors are looked up in shared memory, in
 // as many COPIES as let lanes read without waiting for each other, or in global memory (no copies).
 //
 // The K_WARPS of a block share the input side and add up at the end, in a fixed order.
 //
-// Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit type
-// of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0 for
-// none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
+// Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit
+// type of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0
+// for none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
 // their way), BLOCKS (at once on a processor), SPLIT, EXPAND.
 
 #include "codes.cuh"
@@ -28,17 +28,16 @@ constexpr int BLOCK_OUTS = OUTS * OUT_WARPS, BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_O
 constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (4 * SPAN) == 0;
 constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : (COLUMNS + 1) / 2;
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-constexpr int CELL = DIM * 2, STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
+constexpr int CELL = DIM * 2,
+              STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
 constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? K_WARPS * OUT_WARPS * OUTS * 32 : 0;
 constexpr int GROUP_TURNS = GROUPED ? GROUP_CODES / UNIT_CODES / 4 : TURNS;
 constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * 4 * UNIT_VALUES * 2 : 0;
 
 __device__ __forceinline__ unsigned two_halves(float low, float high) {
   unsigned both;
-  if constexpr (BFLOAT)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  if constexpr (BFLOAT) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
 
@@ -55,8 +54,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1
 }
 
 // Writes a warp's palettes: for each output the lower bytes of sixteen 16-bit floats, then the upper ones.
-__device__ __forceinline__ void write_palettes(unsigned char* palettes, const Decoder& decoder, int group, int first_out,
-                                               int lane) {
+__device__ __forceinline__ void write_palettes(unsigned char* palettes, const Decoder& decoder, int group,
+                                               int first_out, int lane) {
 #pragma unroll 2
   for (int i = lane; i < OUTS * 8; i += 32) {
     const int out = first_out + i / 8, part = i % 8;
@@ -68,15 +67,16 @@ __device__ __forceinline__ void write_palettes(unsigned char* palettes, const De
   }
 }
 
-// Codes beyond the entries, as those read beyond the input side may be, stand for the last entry. Each thread writes all
-// copies of an entry, beginning with that of its own lane, so that they do not meet in a bank.
+// Codes beyond the entries, as those read beyond the input side may be, stand for the last entry. Each thread writes
+// all copies of an entry, beginning with that of its own lane, so that they do not meet in a bank.
 __device__ __forceinline__ void write_table(unsigned char* table, const Decoder& decoder) {
 #pragma unroll 4
   for (int i = threadIdx.x; i < (1 << BITS) * STAGES; i += THREADS) {
     const int stage = i % STAGES, code = i / STAGES;
     unsigned cell[(DIM + 1) / 2];
     if constexpr (SCALES == 0 && VECTORS == (BFLOAT ? BFLOAT16 : FLOAT16)) {
-      const unsigned* from = static_cast<const unsigned*>(decoder.vectors) + (stage * ENTRIES + min(code, ENTRIES - 1)) * (DIM / 2);
+      const unsigned* from =
+          static_cast<const unsigned*>(decoder.vectors) + (stage * ENTRIES + min(code, ENTRIES - 1)) * (DIM / 2);
       if constexpr (DIM == 8) {
         const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
         cell[0] = all.x, cell[1] = all.y, cell[2] = all.z, cell[3] = all.w;
@@ -93,20 +93,18 @@ __device__ __forceinline__ void write_table(unsigned char* table, const Decoder&
     }
 #pragma unroll
     for (int copy = 0; copy < COPIES; ++copy) {
-      unsigned char* to = table + code * STRIDE + (stage * COPIES + (copy + threadIdx.x) % (COPIES + (COPIES == 0))) * CELL;
-      if constexpr (DIM == 8)
-        *reinterpret_cast<uint4*>(to) = make_uint4(cell[0], cell[1], cell[2], cell[3]);
-      else if constexpr (DIM == 4)
-        *reinterpret_cast<uint2*>(to) = make_uint2(cell[0], cell[1]);
-      else
-        *reinterpret_cast<unsigned*>(to) = cell[0];
+      unsigned char* to =
+          table + code * STRIDE + (stage * COPIES + (copy + threadIdx.x) % (COPIES + (COPIES == 0))) * CELL;
+      if constexpr (DIM == 8) *reinterpret_cast<uint4*>(to) = make_uint4(cell[0], cell[1], cell[2], cell[3]);
+      else if constexpr (DIM == 4) *reinterpret_cast<uint2*>(to) = make_uint2(cell[0], cell[1]);
+      else *reinterpret_cast<unsigned*>(to) = cell[0];
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
-    const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
-    const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    matmul(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
+           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4;
@@ -148,14 +146,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
     return unit_at(words, k_warp * PART_TURNS * 4 + quad, block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
   };
   auto read = [&](int s, int turn, int block) {
-    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad, block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
+    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad,
+                     block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
   };
 
   // The code whose bits begin at bit `at` of the unit, times 2**shift.
   auto code_at = [&](int s, int column, int stage, int at, int shift) -> unsigned {
     const int i = at / 32, begin = at % 32;
     const unsigned mask = ((1u << BITS) - 1) << shift, word = codes[s][i][column * STAGES + stage];
-    if (begin + BITS > 32) return __funnelshift_r(word, codes[s][i + 1][column * STAGES + stage], begin) << shift & mask;
+    if (begin + BITS > 32)
+      return __funnelshift_r(word, codes[s][i + 1][column * STAGES + stage], begin) << shift & mask;
     return (begin >= shift ? word >> (begin - shift) : word << (shift - begin)) & mask;
   };
 
@@ -190,7 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
           if constexpr (WIDE)
             bytes[b] = permuted(bytes[b], permuted(from[2], from[3], lower >> half * 16), upper >> half * 16);
         }
-        values[half * 2] = permuted(bytes[0], bytes[1], 0x5140), values[half * 2 + 1] = permuted(bytes[0], bytes[1], 0x7362);
+        values[half * 2] = permuted(bytes[0], bytes[1], 0x5140),
+                      values[half * 2 + 1] = permuted(bytes[0], bytes[1], 0x7362);
       }
     } else {
       constexpr int SHIFT = TABLE ? log2_of(STRIDE) : 0;
@@ -201,10 +202,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
         unsigned offset;
         if constexpr (BITS == 8 && STRIDE == 256)
           offset = __byte_perm(codes[s][at / 32][column * STAGES + stage], copy, 0x7704 | at % 32 / 8 << 4);
-        else
-          offset = code_at(s, column, stage, at, SHIFT) | copy;
+        else offset = code_at(s, column, stage, at, SHIFT) | copy;
         const void* from = TABLE ? static_cast<const void*>(memory + stage * COPIES * CELL + offset)
-                                 : static_cast<const char*>(vectors) + ((long long)stage * ENTRIES + min((int)offset, ENTRIES - 1)) * CELL;
+                                 : static_cast<const char*>(vectors) +
+                                       ((long long)stage * ENTRIES + min((int)offset, ENTRIES - 1)) * CELL;
         if constexpr (DIM == 8) {
           const uint4 all = TABLE ? *static_cast<const uint4*>(from) : __ldg(static_cast<const uint4*>(from));
           values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
@@ -237,59 +238,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) matmul(
   };
 
   auto use = [&](int s, int turn) {
-      const int unit = turn * 4 + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
+    const int unit = turn * 4 + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
 #pragma unroll
-      for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
-        if constexpr (EXPAND) {
-          unsigned a[COLUMNS][4];
+    for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
+      if constexpr (EXPAND) {
+        unsigned a[COLUMNS][4];
 #pragma unroll
-          for (int column = 0; column < COLUMNS; ++column) {
-            decode(s, chunk, column, 0, group, a[column]);
-            if constexpr (STAGES > 1) {
-              float values[8] = {};
-              for (int stage = 0; stage < STAGES; ++stage) {
-                unsigned part[4];
-                decode(s, chunk, column, stage, group, part);
+        for (int column = 0; column < COLUMNS; ++column) {
+          decode(s, chunk, column, 0, group, a[column]);
+          if constexpr (STAGES > 1) {
+            float values[8] = {};
+            for (int stage = 0; stage < STAGES; ++stage) {
+              unsigned part[4];
+              decode(s, chunk, column, stage, group, part);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) values[i] += x_value((unsigned short)(part[i / 2] >> i % 2 * 16));
-              }
-#pragma unroll
-              for (int i = 0; i < 4; ++i) a[column][i] = two_halves(values[2 * i], values[2 * i + 1]);
-            }
-          }
-          write(unit, chunk, a);
-        } else {
-          unsigned b[TILES_N][4];
-#pragma unroll
-          for (int tile = 0; tile < TILES_N; ++tile)
-            if constexpr (SPLIT) {
-              const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
-              b[0][0] = two.x, b[0][1] = two.y;
-            } else {
-              const uint4 all = eight_inputs(tile * 8 + row, unit * UNIT_VALUES + chunk * 8);
-              b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
+              for (int i = 0; i < 8; ++i) values[i] += x_value((unsigned short)(part[i / 2] >> i % 2 * 16));
             }
 #pragma unroll
-          for (int stage = 0; stage < STAGES; ++stage) {
-            unsigned a[COLUMNS + COLUMNS % 2][4] = {};
-#pragma unroll
-            for (int column = 0; column < COLUMNS; ++column) {
-              decode(s, chunk, column, stage, group, a[column]);
-              if constexpr (SPLIT)
-                multiply(sums[column][0], a[column][0], a[column][1], a[column][2], a[column][3], b[0][0], b[0][1]);
-            }
-            if constexpr (!SPLIT)
-#pragma unroll
-              for (int i = 0; i < 4; i += 2)
-#pragma unroll
-                for (int t = 0; t < TILES_M; ++t)
-#pragma unroll
-                  for (int tile = 0; tile < TILES_N; ++tile)
-                    multiply(sums[t][tile], a[2 * t][i], a[2 * t + 1][i], a[2 * t][i + 1], a[2 * t + 1][i + 1],
-                             b[tile][i], b[tile][i + 1]);
+            for (int i = 0; i < 4; ++i) a[column][i] = two_halves(values[2 * i], values[2 * i + 1]);
           }
         }
+        write(unit, chunk, a);
+      } else {
+        unsigned b[TILES_N][4];
+#pragma unroll
+        for (int tile = 0; tile < TILES_N; ++tile)
+          if constexpr (SPLIT) {
+            const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
+            b[0][0] = two.x, b[0][1] = two.y;
+          } else {
+            const uint4 all = eight_inputs(tile * 8 + row, unit * UNIT_VALUES + chunk * 8);
+            b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
+          }
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+          unsigned a[COLUMNS + COLUMNS % 2][4] = {};
+#pragma unroll
+          for (int column = 0; column < COLUMNS; ++column) {
+            decode(s, chunk, column, stage, group, a[column]);
+            if constexpr (SPLIT)
+              multiply(sums[column][0], a[column][0], a[column][1], a[column][2], a[column][3], b[0][0], b[0][1]);
+          }
+          if constexpr (!SPLIT)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2)
+#pragma unroll
+              for (int t = 0; t < TILES_M; ++t)
+#pragma unroll
+                for (int tile = 0; tile < TILES_N; ++tile)
+                  multiply(sums[t][tile], a[2 * t][i], a[2 * t + 1][i], a[2 * t][i + 1], a[2 * t + 1][i + 1],
+                           b[tile][i], b[tile][i + 1]);
+        }
       }
+    }
   };
 
   auto load_palettes = [&](int group) {

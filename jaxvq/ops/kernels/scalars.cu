@@ -22,11 +22,11 @@ constexpr int THREADS = K_WARPS * 32, OCTETS = UNIT_CODES / 8;
 constexpr int TURNS = (UNITS + 3) / 4, PART_TURNS = GROUPED ? GROUP_CODES / UNIT_CODES / 4 : SPAN;
 constexpr int PARTS = (TURNS + PART_TURNS - 1) / PART_TURNS, PARTS_MOST = (PARTS + K_WARPS - 1) / K_WARPS;
 constexpr int TURN_CODES = 4 * UNIT_CODES, MY_TURNS = PARTS_MOST * PART_TURNS, MY_CODES = MY_TURNS * TURN_CODES;
-constexpr int X_STRIDE = MY_CODES + 32;  // bytes; the digits of x then lie in different banks
+constexpr int X_STRIDE = MY_CODES + 32;          // bytes; the digits of x then lie in different banks
 constexpr int X_READS = (MY_CODES + 255) / 256;  // of eight values by each lane
 constexpr bool EXACT = LENGTH == INPUTS && UNITS * UNIT_CODES == LENGTH && UNITS % (4 * PART_TURNS * K_WARPS) == 0;
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + OUTS - 1) / OUTS;
-constexpr bool WIDE = !AFFINE && BITS == 4;  // more than eight entries
+constexpr bool WIDE = !AFFINE && BITS == 4;                                       // more than eight entries
 constexpr int DIGITS = AFFINE ? 1 : 2, TABLE_ROW = 48, TABLE = OUTS * TABLE_ROW;  // bytes: 2 x 16 digits, step, least
 constexpr long long NEXT_PART = ((K_WARPS - 1) * PART_TURNS + SPAN) * NEXT_TURN;  // words to a warp's next part
 static_assert(PART_TURNS % SPAN == 0, "a group must end where a span ends");
@@ -65,10 +65,8 @@ struct Raw {
 __device__ __forceinline__ Raw read_entries(const Decoder& decoder, int group, int first_out, int i) {
   const int out = first_out + i / 8, part = i % 8;
   Raw raw = {0, 0, decoder.scale(group, out), 0};
-  if constexpr (AFFINE)
-    raw.zero = decoder.zero(group, out);
-  else
-    raw.a = decoder.entry(group, out, 0, 2 * part, 0), raw.b = decoder.entry(group, out, 0, 2 * part + 1, 0);
+  if constexpr (AFFINE) raw.zero = decoder.zero(group, out);
+  else raw.a = decoder.entry(group, out, 0, 2 * part, 0), raw.b = decoder.entry(group, out, 0, 2 * part + 1, 0);
   return raw;
 }
 
@@ -100,9 +98,9 @@ __device__ __forceinline__ void write_entries(unsigned char* table, const Raw& r
   if (part == 0) *reinterpret_cast<float2*>(row + 32) = levels;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scalars(
-    const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
-    const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    scalars(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
+            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4, warp = threadIdx.x / 32;
@@ -111,14 +109,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scalars(
   float* shared_sums = reinterpret_cast<float*>(memory + TABLES);
   unsigned char* digits = memory + TABLES + 2 * 4 * SUMS + warp * 3 * ROWS * X_STRIDE;
 
-
   // Beyond the outputs and the input side any code may be read: there x counts as zero and nobody asks for the sum.
   auto turn_of = [&](int mine) { return (mine / PART_TURNS * K_WARPS + warp) * PART_TURNS + mine % PART_TURNS; };
   unsigned codes[SPAN][UNIT_WORDS][COLUMNS];
   auto start_of = [&](int block) { return unit_at(words, turn_of(0) * 4 + quad, block * OUTS + row * COLUMNS); };
   const unsigned* from = start_of(blockIdx.x);
   auto read = [&](int s, int mine, int block) {
-    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, EXACT ? 0 : turn_of(mine + s) * 4 + quad, block * OUTS + row * COLUMNS);
+    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, EXACT ? 0 : turn_of(mine + s) * 4 + quad,
+                     block * OUTS + row * COLUMNS);
   };
 #pragma unroll
   for (int s = 0; s < SPAN; ++s) read(s, 0, blockIdx.x);
