@@ -15,10 +15,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxvq import _fit
+from jaxvq._blocks import block_values, from_blocks
+from jaxvq._method import blocks_of
 from jaxvq._numerics import safe_divide
 from jaxvq.array import Affine, Codebook, QuantizedArray, spread, symmetric_zero
 from jaxvq.layout import Layout
-from jaxvq.methods import AFFINE_BITS, AbstractMethod, KMeans, Symmetric, Uniform, blocks_of
+from jaxvq.methods import AFFINE_BITS, AbstractMethod, KMeans, Symmetric, Uniform
 from jaxvq.quantize import over_stack, stack_keys
 from jaxvq.scalar import fake_quant
 
@@ -177,7 +179,7 @@ class SoftAssignment(AbstractTraining):
         if not train:
             return self._assigned(latent, state, method, layout).dequantize(), state
         blocks = blocks_of(layout, method.per)
-        values, mass = _fit.block_values(latent, None, layout, blocks)
+        values, mass = block_values(latent, None, layout, blocks)
         centre = safe_divide(jnp.sum(values * mass, axis=1), jnp.sum(mass, axis=1))[:, None]
         variance = safe_divide(jnp.sum(mass * (values - centre) ** 2, axis=1), jnp.sum(mass, axis=1))[:, None, None]
         sharpness = lax.stop_gradient(safe_divide(jnp.ones(()), self.temperature * variance))
@@ -197,7 +199,7 @@ class SoftAssignment(AbstractTraining):
         start = state["codebook"].reshape(-1, method.entries)
         codebook, _ = lax.scan(refine, start, length=self.iterations)
         mixed = jnp.einsum("pnk,pk->pn", attention(codebook), codebook)
-        weight = layout.from_vectors(_fit.from_blocks(mixed[:, :, None], blocks, layout.grid))
+        weight = layout.from_vectors(from_blocks(mixed[:, :, None], blocks, layout.grid))
         return weight, {"codebook": lax.stop_gradient(codebook).reshape(state["codebook"].shape)}
 
     def harden(self, latent, extra, method, layout, *, key) -> QuantizedArray:

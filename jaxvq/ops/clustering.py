@@ -36,8 +36,13 @@ def supports_palettes(k: int, grid: int) -> bool:
 
 
 def _palette_nbytes(k: int, grid: int) -> int:
-    """Shared memory for a row: moments, least errors and edges of the grid; moments, centroids and cuts."""
-    return (5 * 8 + 4) * (grid + 1) + 36 * (k + 1) + 64
+    """Shared memory for a row: what the grid takes; moments, centroids and cuts, which the source declares."""
+    return _grid_nbytes(grid) + 36 * (k + 1) + 64
+
+
+def _grid_nbytes(grid: int) -> int:
+    """Moments, least errors and edges of a grid."""
+    return (5 * 8 + 4) * (grid + 1)
 
 
 def _passes(d: int, exact: bool) -> int:
@@ -177,7 +182,7 @@ def palettes(
     """
     (p, n), grid = values.shape, edges.shape[1] - 1
     threads = min(1024, max(128, -(-grid // 32) * 32))
-    shared_nbytes = (5 * 8 + 4) * (grid + 1)
+    shared_nbytes = _grid_nbytes(grid)
     at_once = max(1, min(2048 // threads, cuda.shared_nbytes() // _palette_nbytes(k, grid)))
     blocks = min(p, PROCESSORS * at_once)
     constants = {

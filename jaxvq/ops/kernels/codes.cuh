@@ -19,7 +19,10 @@ constexpr int WORD_ROWS = (LENGTH * BITS + 31) / 32, UNITS = (WORD_ROWS + UNIT_W
 constexpr int FINEST = G_BLOCKS > SCALE_G ? G_BLOCKS : SCALE_G;  // groups of the input side with a decoder of their own
 constexpr bool GROUPED = FINEST > 1;
 constexpr int GROUP_CODES = LENGTH / FINEST;
-constexpr int OUTS = 8 * COLUMNS, LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
+constexpr int THREADS = K_WARPS * OUT_WARPS * 32;
+constexpr int OUTS = 8 * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a warp, of a block of threads
+constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
+constexpr int LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
 
 template <int TYPE>
 __device__ __forceinline__ float number(const void* from, long long index) {
@@ -131,3 +134,16 @@ struct Decoder {
     return number<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
   }
 };
+
+// Adds up what the warps that share the input side have put into `sums`, in a fixed order, and writes the products of
+// a block of outputs.
+__device__ __forceinline__ void write_products(unsigned short* y, const float* sums, int first_out) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < ROWS * BLOCK_OUTS; i += THREADS) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < K_WARPS; ++w) sum += sums[w * ROWS * BLOCK_OUTS + i];
+    const int out = first_out + i % BLOCK_OUTS;
+    if (out < OUTPUTS) y[(long long)(i / BLOCK_OUTS) * OUTPUTS + out] = rounded(sum);
+  }
+}

@@ -23,15 +23,14 @@
 #include "codes.cuh"
 
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
-constexpr int THREADS = K_WARPS * OUT_WARPS * 32, TURNS = (UNITS + 4 * SPAN - 1) / (4 * SPAN) * SPAN;
-constexpr int BLOCK_OUTS = OUTS * OUT_WARPS, BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
+constexpr int TURNS = (UNITS + 4 * SPAN - 1) / (4 * SPAN) * SPAN;
 constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (4 * SPAN) == 0;
 constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : (COLUMNS + 1) / 2;
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+constexpr int LANES_APART = COPIES > 0 ? COPIES : 1;  // lanes that read copies of their own
 constexpr int CELL = DIM * 2,
               STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
 constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? K_WARPS * OUT_WARPS * OUTS * 32 : 0;
-constexpr int GROUP_TURNS = GROUPED ? GROUP_CODES / UNIT_CODES / 4 : TURNS;
 constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * 4 * UNIT_VALUES * 2 : 0;
 
 __device__ __forceinline__ unsigned two_halves(float low, float high) {
@@ -93,8 +92,7 @@ __device__ __forceinline__ void write_table(unsigned char* table, const Decoder&
     }
 #pragma unroll
     for (int copy = 0; copy < COPIES; ++copy) {
-      unsigned char* to =
-          table + code * STRIDE + (stage * COPIES + (copy + threadIdx.x) % (COPIES + (COPIES == 0))) * CELL;
+      unsigned char* to = table + code * STRIDE + (stage * COPIES + (copy + threadIdx.x) % LANES_APART) * CELL;
       if constexpr (DIM == 8) *reinterpret_cast<uint4*>(to) = make_uint4(cell[0], cell[1], cell[2], cell[3]);
       else if constexpr (DIM == 4) *reinterpret_cast<uint2*>(to) = make_uint2(cell[0], cell[1]);
       else *reinterpret_cast<unsigned*>(to) = cell[0];
@@ -138,16 +136,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 
   // This warp's turns: whole groups, or else as many as are on their way.
-  constexpr int PART_TURNS = PALETTE && GROUPED ? GROUP_TURNS : SPAN;
+  constexpr int PART_TURNS = PALETTE && GROUPED ? GROUP_CODES / UNIT_CODES / 4 : SPAN;
   static_assert(PART_TURNS % SPAN == 0, "a group must end where a span ends");
   constexpr long long NEXT_PART = ((K_WARPS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
   const unsigned* from;
-  auto start_of = [&](int block) {
-    return unit_at(words, k_warp * PART_TURNS * 4 + quad, block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
-  };
+  auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS; };
+  auto start_of = [&](int block) { return unit_at(words, k_warp * PART_TURNS * 4 + quad, out_of(block)); };
   auto read = [&](int s, int turn, int block) {
-    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad,
-                     block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS);
+    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad, out_of(block));
   };
 
   // The code whose bits begin at bit `at` of the unit, times 2**shift.
@@ -195,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
     } else {
       constexpr int SHIFT = TABLE ? log2_of(STRIDE) : 0;
-      const unsigned copy = TABLE ? lane % (COPIES > 0 ? COPIES : 1) * CELL : 0;
+      const unsigned copy = TABLE ? lane % LANES_APART * CELL : 0;
 #pragma unroll
       for (int i = 0; i < 8 / DIM; ++i) {
         const int at = (chunk * 8 / DIM + i) * BITS;
@@ -245,8 +241,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         unsigned a[COLUMNS][4];
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column) {
-          decode(s, chunk, column, 0, group, a[column]);
-          if constexpr (STAGES > 1) {
+          if constexpr (STAGES == 1) {
+            decode(s, chunk, column, 0, group, a[column]);
+          } else {
             float values[8] = {};
             for (int stage = 0; stage < STAGES; ++stage) {
               unsigned part[4];
@@ -366,14 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           }
         }
       __syncthreads();
-#pragma unroll 1
-      for (int i = threadIdx.x; i < ROWS * BLOCK_OUTS; i += THREADS) {
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < K_WARPS; ++w) sum += shared_sums[w * ROWS * BLOCK_OUTS + i];
-        const int out = block * BLOCK_OUTS + i % BLOCK_OUTS;
-        if (out < OUTPUTS) y[(long long)(i / BLOCK_OUTS) * OUTPUTS + out] = rounded(sum);
-      }
+      write_products(y, shared_sums, block * BLOCK_OUTS);
       __syncthreads();
     }
   }

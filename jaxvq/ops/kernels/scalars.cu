@@ -17,7 +17,8 @@
 
 #include "codes.cuh"
 
-constexpr int THREADS = K_WARPS * 32, OCTETS = UNIT_CODES / 8;
+constexpr int OCTETS = UNIT_CODES / 8;
+static_assert(OUT_WARPS == 1, "all warps of a block share its outputs");
 // The input side is dealt out in whole groups, or else in as many turns of the four quads as are on their way.
 constexpr int TURNS = (UNITS + 3) / 4, PART_TURNS = GROUPED ? GROUP_CODES / UNIT_CODES / 4 : SPAN;
 constexpr int PARTS = (TURNS + PART_TURNS - 1) / PART_TURNS, PARTS_MOST = (PARTS + K_WARPS - 1) / K_WARPS;
@@ -25,7 +26,6 @@ constexpr int TURN_CODES = 4 * UNIT_CODES, MY_TURNS = PARTS_MOST * PART_TURNS, M
 constexpr int X_STRIDE = MY_CODES + 32;          // bytes; the digits of x then lie in different banks
 constexpr int X_READS = (MY_CODES + 255) / 256;  // of eight values by each lane
 constexpr bool EXACT = LENGTH == INPUTS && UNITS * UNIT_CODES == LENGTH && UNITS % (4 * PART_TURNS * K_WARPS) == 0;
-constexpr int BLOCKS_OF_OUTS = (OUTPUTS + OUTS - 1) / OUTS;
 constexpr bool WIDE = !AFFINE && BITS == 4;                                       // more than eight entries
 constexpr int DIGITS = AFFINE ? 1 : 2, TABLE_ROW = 48, TABLE = OUTS * TABLE_ROW;  // bytes: 2 x 16 digits, step, least
 constexpr long long NEXT_PART = ((K_WARPS - 1) * PART_TURNS + SPAN) * NEXT_TURN;  // words to a warp's next part
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int j = 0; j < 4; ++j) most = max(most, max(two[j] & 0x7fff, two[j] >> 16 & 0x7fff));
     }
-    asm("redux.sync.max.u32 %0, %0, 0xffffffff;" : "+r"(most));
+    most = __reduce_max_sync(~0u, most);
     const float size = x_value((unsigned short)most);
     const float inverse = size > 0 ? fminf(2080000.f / size, 3e38f) : 0;
     unit_of_x[n] = size > 0 ? 1 / inverse : size * 0;  // NaN for NaN
@@ -341,13 +341,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if constexpr (!GROUPED)
       if (more) write_tables(memory + (i + 1) % 2 * TABLE);
     __syncthreads();
-#pragma unroll 1
-    for (int j = threadIdx.x; j < ROWS * OUTS; j += THREADS) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < K_WARPS; ++w) sum += sums_here[w * ROWS * OUTS + j];
-      const int out = block * OUTS + j % OUTS;
-      if (out < OUTPUTS) y[j / OUTS * OUTPUTS + out] = rounded(sum);
-    }
+    write_products(y, sums_here, block * OUTS);
   }
 }
