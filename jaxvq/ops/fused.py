@@ -1,8 +1,8 @@
 """Products with quantized matrices by kernels for NVIDIA's chips (compute capability 8.0 and later).
 
-One or two rows times codes of single values go to the integer matrix units (`kernels/scalars.cu`), up to 64 rows to the
-floating-point ones (`kernels/matmul.cu`); both read the codes where they are. For more rows the second kernel writes
-the weight out once, and XLA multiplies.
+One or two rows times palettes are looked up two codes at a time (`kernels/pairs.cu`), times evenly spaced levels they go
+to the integer matrix units (`kernels/levels.cu`), and up to 64 rows to the floating-point ones (`kernels/matmul.cu`).
+All read the codes where they are. For more rows the last kernel writes the weight out once, and XLA multiplies.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from jaxvq.ops import cuda
 
 TYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
-ROWS_OF_SCALARS = 2
+ROWS_OF_VECTORS = 2  # rows of x, of which there are few enough for the first two
+IN_FLIGHT = 32768  # bytes on their way to a processor, as many as memory can deliver by the time they are here
 ROWS_SPLIT = 4
 ROWS_MOST = 64
 PALETTE_MOST = 16
@@ -37,6 +38,7 @@ class Tiles:
       out_warps: warps on different outputs.
       span: turns of a warp that are read before the first is used.
       blocks: of threads, at once on a processor.
+      lanes: of a warp, that have different outputs.
       copies: of a table of vectors in shared memory; 0 leaves it in global memory.
       split: few rows of x wait in shared memory.
     """
@@ -47,8 +49,14 @@ class Tiles:
     out_warps: int
     span: int
     blocks: int
+    lanes: int = 8
     copies: int = 0
     split: bool = False
+
+    @property
+    def outs(self) -> int:
+        """Outputs of a block of threads."""
+        return self.lanes * self.columns * self.out_warps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +197,15 @@ def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
 
 def choose(problem: Problem) -> Tiles | None:
     """The tiles of the fastest kernel for a product; None where the weight had better be written out."""
-    palettes_of_groups = problem.groups > 1 and problem.parts[0] is not None  # dear to turn into digits
-    if problem.dim == 1 and problem.rows <= ROWS_OF_SCALARS and not palettes_of_groups:
-        tiles = _by_integers(problem)
-        if scalars_nbytes(problem, tiles) <= cuda.shared_nbytes():
-            return tiles
+    if problem.dim == 1 and problem.rows <= ROWS_OF_VECTORS:
+        palettes = problem.parts[0] is not None
+        ways = [_by_integers] if not palettes else [_by_pairs] if problem.groups == 1 else []
+        for tiles in (way(problem) for way in ways):
+            if nbytes_of(problem, tiles) <= cuda.shared_nbytes():
+                return tiles
     if problem.rows <= ROWS_MOST:
         tiles = _by_floats(problem)
-        if matmul_nbytes(problem, tiles) <= cuda.shared_nbytes():
+        if nbytes_of(problem, tiles) <= cuda.shared_nbytes():
             return tiles
     return None
 
@@ -206,8 +215,21 @@ def _columns(problem: Problem) -> int:
     return 4 if problem.outputs >= 24 * PROCESSORS else 2
 
 
+def _by_pairs(problem: Problem) -> Tiles:
+    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave work for most processors."""
+    words, codes = problem.unit
+    lanes, k_warps = 32, 16
+    while lanes > 8 and problem.outputs < PROCESSORS * 2 * lanes * 2 / 3:
+        lanes //= 2
+    blocks = 1 if problem.outputs <= PROCESSORS * 2 * lanes else 2
+    turns = -(-problem.w.codes.length // (codes * k_warps * (32 // lanes)))
+    span = min(IN_FLIGHT // (blocks * k_warps * 32 * 2 * 4 * words), turns // 2)
+    tiles = Tiles("pairs", 2, k_warps, 1, max(1, span), blocks, lanes)
+    return _with_room(tiles, pairs_nbytes(problem, tiles))
+
+
 def _by_integers(problem: Problem) -> Tiles:
-    """Tiles for `kernels/scalars.cu`: of few outputs all threads of a processor do the same ones."""
+    """Tiles for `kernels/levels.cu`: of few outputs all threads of a processor do the same ones."""
     columns = _columns(problem)
     few = problem.outputs <= PROCESSORS * 8 * columns
     span = {1: 2, 2: 2, 4: 4}.get(problem.bits, max(1, 8 // problem.unit[0]))
@@ -215,8 +237,8 @@ def _by_integers(problem: Problem) -> Tiles:
         span = min(span, max(1, 4 // problem.unit[0]))
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
-    tiles = Tiles("scalars", columns, 16 if few else 8, 1, span, 1 if few else 2)
-    return _with_room(tiles, scalars_nbytes(problem, tiles))
+    tiles = Tiles("levels", columns, 16 if few else 8, 1, span, 1 if few else 2)
+    return _with_room(tiles, levels_nbytes(problem, tiles))
 
 
 def _with_room(tiles: Tiles, nbytes: int) -> Tiles:
@@ -234,7 +256,7 @@ def _by_floats(problem: Problem) -> Tiles:
     if many and problem.rows > ROWS_SPLIT:
         k_warps, out_warps = (4, 2) if problem.rows <= 16 else (2, 4)
     blocks = 1 if problem.rows > 16 else 2
-    tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, _copies(problem))
+    tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, copies=_copies(problem))
     splits = [True, False] if problem.rows <= ROWS_SPLIT else [False]
     copies = [tiles.copies >> n for n in range(tiles.copies.bit_length())] or [0]
     ways = [dataclasses.replace(tiles, split=split, copies=count) for split in splits for count in copies]
@@ -259,26 +281,38 @@ def _table_nbytes(problem: Problem) -> int:
     return 2 ** (problem.bits + 1 + (problem.stages - 1).bit_length()) * problem.dim
 
 
-def scalars_nbytes(problem: Problem, tiles: Tiles) -> int:
-    """Shared memory of a block of `kernels/scalars.cu`: tables, sums, digits of x."""
+def nbytes_of(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of a block of threads."""
+    return {"pairs": pairs_nbytes, "levels": levels_nbytes, "matmul": matmul_nbytes}[tiles.kernel](problem, tiles)
+
+
+def levels_nbytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of a block of `kernels/levels.cu`: levels, sums, digits of x."""
     part = problem.group_turns if problem.groups > 1 else tiles.span
     mine = math.ceil(math.ceil(problem.turns / part) / tiles.k_warps) * part * 4 * problem.unit[1]
-    outs = 8 * tiles.columns
-    tables = (tiles.k_warps if problem.groups > 1 else 2) * outs * 48
-    return tables + tiles.k_warps * problem.rows * (8 * outs + 3 * (mine + 32))
+    levels = (tiles.k_warps if problem.groups > 1 else 2) * tiles.outs * 8
+    return levels + tiles.k_warps * problem.rows * (8 * tiles.outs + 3 * (mine + 32))
+
+
+def pairs_nbytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of a block of `kernels/pairs.cu`: tables, x, sums, palettes."""
+    levels, codes = 2**problem.bits, problem.unit[1]
+    part = tiles.k_warps * (32 // tiles.lanes) * tiles.span * codes
+    x = -(-problem.w.codes.length // part) * part
+    sums = (tiles.k_warps * problem.rows + 2) * tiles.outs
+    return 256 * levels**2 + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
 
 
 def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
     """Shared memory of a block of `kernels/matmul.cu`: its table or palettes, few rows of x, the sums."""
-    warps, outs = tiles.k_warps * tiles.out_warps, 8 * tiles.columns
     tables = _table_nbytes(problem) * tiles.copies
     if problem.dim == 1 and problem.parts[0] is not None:
-        tables = warps * outs * 32
+        tables = tiles.k_warps * tiles.outs * 32
     if problem.expand:
         return tables
     turns = math.ceil(problem.turns / tiles.span) * tiles.span
     x = problem.rows * turns * 8 * problem.unit[1] * problem.dim if tiles.split else 0
-    return tables + x + 4 * warps * problem.rows * outs
+    return tables + x + 4 * tiles.k_warps * problem.rows * tiles.outs
 
 
 def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStruct) -> Array:
@@ -288,13 +322,12 @@ def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStru
         units = 1 if scale is None else scale.astype(jnp.float32)
         vectors, scale = (vectors.astype(jnp.float32) * units).astype(problem.dtype), None
     parts = vectors, scale, zero
-    nbytes = (scalars_nbytes if tiles.kernel == "scalars" else matmul_nbytes)(problem, tiles)
     operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in parts)
-    blocks = -(-problem.outputs // (8 * tiles.columns * tiles.out_warps))
+    blocks = -(-problem.outputs // tiles.outs)
     launch = {
         "blocks": -(-blocks // -(-blocks // (PROCESSORS * tiles.blocks))),  # each with as many turns as any other
         "threads": 32 * tiles.k_warps * tiles.out_warps,
-        "shared_nbytes": nbytes,
+        "shared_nbytes": nbytes_of(problem, tiles),
     }
     return cuda.launch(tiles.kernel, _constants(problem, tiles, parts), result, *operands, **launch)
 
@@ -322,6 +355,7 @@ def _constants(problem: Problem, tiles: Tiles, parts: tuple[Array | None, ...]) 
         **dict(zip(("VECTORS", "SCALES", "ZEROS"), types, strict=True)),
         **dict(zip(("SCALE_G", "SCALE_OUT", "SCALE_STAGES"), scales, strict=True)),
         "COPIES": tiles.copies,
+        "LANES": tiles.lanes,
         "COLUMNS": tiles.columns,
         "K_WARPS": tiles.k_warps,
         "OUT_WARPS": tiles.out_warps,

@@ -206,8 +206,7 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
             # Few rows must not wait for the weight to be written out.
             assert tiles or rows > 16, (w.shape, rows)
             if tiles is not None:
-                nbytes = fused.scalars_nbytes if tiles.kernel == "scalars" else fused.matmul_nbytes
-                assert nbytes(problem, tiles) <= memory, (w.shape, rows)
+                assert fused.nbytes_of(problem, tiles) <= memory, (w.shape, rows)
                 assert problem.groups == 1 or problem.group_turns % tiles.span == 0, (w.shape, rows)
         for rows in (0, 1, 64, 65):
             launch = launched(launches, rows, w)
@@ -219,7 +218,8 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
 
 
 SHARED = {
-    "scalars": "(GROUPED ? K_WARPS : 2) * TABLE + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
+    "pairs": "TABLE_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
+    "levels": "8 * (GROUPED ? K_WARPS : 2) * OUTS + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
     "matmul": "TABLE_BYTES + X_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * BLOCK_OUTS)",
 }
 

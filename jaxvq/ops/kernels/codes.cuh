@@ -20,7 +20,7 @@ constexpr int FINEST = G_BLOCKS > SCALE_G ? G_BLOCKS : SCALE_G;  // groups of th
 constexpr bool GROUPED = FINEST > 1;
 constexpr int GROUP_CODES = LENGTH / FINEST;
 constexpr int THREADS = K_WARPS * OUT_WARPS * 32;
-constexpr int OUTS = 8 * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a warp, of a block of threads
+constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a warp, of a block of threads
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 constexpr int LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
 
@@ -55,6 +55,35 @@ __device__ __forceinline__ unsigned permuted(unsigned low, unsigned high, unsign
   unsigned bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
   return bytes;
+}
+
+// Eight values of row `n` of x from input `at` on. Beyond the input side x counts as zero.
+template <bool INSIDE>
+__device__ __forceinline__ uint4 eight_inputs(const unsigned short* x, int n, int at) {
+  const unsigned short* from = x + (long long)n * INPUTS + at;
+  uint4 all = make_uint4(0, 0, 0, 0);
+  if constexpr (INPUTS % 8 == 0) {
+    if (INSIDE || at < INPUTS) all = __ldg(reinterpret_cast<const uint4*>(from));
+  } else {
+    unsigned* to = reinterpret_cast<unsigned*>(&all);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (at + i < INPUTS) to[i / 2] |= (unsigned)__ldg(from + i) << i % 2 * 16;
+  }
+  return all;
+}
+
+// The largest size of N eights of values in a warp. The bits of a float without its sign compare like the float.
+template <int N>
+__device__ __forceinline__ float largest(const uint4 (&values)[N]) {
+  unsigned most = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const unsigned* two = reinterpret_cast<const unsigned*>(&values[i]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) most = max(most, max(two[j] & 0x7fff, two[j] >> 16 & 0x7fff));
+  }
+  return x_value((unsigned short)__reduce_max_sync(~0u, most));
 }
 
 // The words of one unit of COLUMNS neighbouring outputs.

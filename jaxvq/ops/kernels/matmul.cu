@@ -119,22 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   constexpr int X_ROW = TURNS * 4 * UNIT_VALUES;
   const unsigned char* my_x = shared_x + min(row / 2, ROWS - 1) * X_ROW * 2 + row % 2 * 8;
 
-  // Beyond the rows of x and the outputs anything may be read, since it ends up in sums that nobody asks for. Beyond
-  // the input side x counts as zero.
-  auto eight_inputs = [&](int n, int column) {
-    const unsigned short* from = x + (long long)min(n, ROWS - 1) * INPUTS + column;
-    uint4 all = make_uint4(0, 0, 0, 0);
-    if constexpr (INPUTS % 8 == 0) {
-      if (EXACT || column < INPUTS) all = __ldg(reinterpret_cast<const uint4*>(from));
-    } else {
-      unsigned* to = reinterpret_cast<unsigned*>(&all);
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (column + i < INPUTS) to[i / 2] |= (unsigned)__ldg(from + i) << i % 2 * 16;
-    }
-    return all;
-  };
-
+  // Beyond the rows of x and the outputs anything may be read, since it ends up in sums that nobody asks for.
   // This warp's turns: whole groups, or else as many as are on their way.
   constexpr int PART_TURNS = PALETTE && GROUPED ? GROUP_CODES / UNIT_CODES / 4 : SPAN;
   static_assert(PART_TURNS % SPAN == 0, "a group must end where a span ends");
@@ -264,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
             b[0][0] = two.x, b[0][1] = two.y;
           } else {
-            const uint4 all = eight_inputs(tile * 8 + row, unit * UNIT_VALUES + chunk * 8);
+            const uint4 all = eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8);
             b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
           }
 #pragma unroll
@@ -314,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if constexpr (X_BYTES > 0) {
 #pragma unroll 2
     for (int i = threadIdx.x; i < X_BYTES / 16; i += THREADS) {
-      const uint4 all = eight_inputs(i / (X_ROW / 8), i % (X_ROW / 8) * 8);
+      const uint4 all = eight_inputs<EXACT>(x, i / (X_ROW / 8), i % (X_ROW / 8) * 8);
       *reinterpret_cast<uint4*>(shared_x + i * 16) = make_uint4(all.x, all.z, all.y, all.w);
     }
   }

@@ -1,0 +1,223 @@
+// x @ w for a row or two of x and palettes of at most 16 values, by tables of the values of two codes.
+//
+// Two codes that follow each other along the input side are one index into a table of all pairs of values of their
+// output. The tables of a block's outputs lie side by side in shared memory, pair by pair, so that every lane of a warp
+// reads from a bank of its own whatever the codes are. A lane has two neighbouring outputs, in tables half a row apart.
+// If LANES, those with different outputs, are fewer than 32, the others have the same outputs, tables of their own and
+// another part of the input side.
+//
+// Values and x are float16 in there, scaled by powers of two: a palette to entries below 1, x to less than 2048 by its
+// largest value in a warp's part. At most eight products are added up in float16, and those sums in float32. The K_WARPS
+// of a block share the input side and add up at the end, in a fixed order.
+//
+// Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
+// ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES, K_WARPS,
+// SPAN (units on their way), BLOCKS (at once on a processor).
+
+#include "codes.cuh"
+
+constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS, SHARES = 32 / LANES;
+constexpr int STRIDE = 256, TABLE_BYTES = PAIRS * STRIDE;  // bytes from a pair to the next
+constexpr int TURNS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN) * SPAN;
+constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES, X_READS = (MY_CODES + 255) / 256;
+constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
+constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;  // octets whose products are added up in float16
+constexpr int STAGED = LEVELS * OUTS, RAW = (STAGED + THREADS - 1) / THREADS;
+constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a column
+static_assert(COLUMNS == 2 && OUT_WARPS == 1 && K_WARPS % 2 == 0, "all warps of a block share its outputs and tables");
+
+__device__ __forceinline__ unsigned two_halves(float low, float high) {
+  unsigned both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// A power of two that brings sizes up to `most` below 2 ** (exponent - 127), and one divided by it.
+__device__ __forceinline__ float2 power_for(float most, int exponent) {
+  const int moved = min(max(exponent + 126 - (int)(__float_as_uint(most) >> 23), 1), 253);
+  return make_float2(__uint_as_float(moved << 23), __uint_as_float((254 - moved) << 23));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
+          const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Decoder decoder{vectors, scales, zeros};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = lane / LANES;
+  unsigned short* shared_x = reinterpret_cast<unsigned short*>(memory + TABLE_BYTES);
+  float* sums = reinterpret_cast<float*>(shared_x + ROWS * X_ROW);
+  float* powers = sums + K_WARPS * ROWS * OUTS;  // of the palettes, those of this block of outputs and the next
+  unsigned short* staged = reinterpret_cast<unsigned short*>(powers + 2 * OUTS);  // the palettes
+
+  float raw[RAW];
+  auto read_palettes = [&](int block) {
+#pragma unroll
+    for (int i = 0; i < RAW; ++i) {
+      const int item = threadIdx.x + i * THREADS, out = block * OUTS + item / LEVELS, code = item % LEVELS;
+      if (STAGED % THREADS == 0 || item < STAGED)
+        raw[i] = decoder.scale(0, out) * decoder.entry(0, out, 0, code, 0);
+    }
+  };
+  // Values go from the registers by shared memory into tables of pairs.
+  auto stage_palettes = [&](float* powers) {
+#pragma unroll
+    for (int i = 0; i < RAW; ++i) {
+      const int item = threadIdx.x + i * THREADS, out = item / LEVELS, code = item % LEVELS;
+      if (STAGED % THREADS == 0 || item < STAGED) {
+        float most = fabsf(raw[i]);
+#pragma unroll
+        for (int far = 1; far < LEVELS; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
+        const float2 power = power_for(most, 127);
+        staged[code * OUTS + out % COLUMNS * LANES + out / COLUMNS] = (unsigned short)two_halves(raw[i] * power.x, 0);
+        if (code == 0) powers[out] = power.y;
+      }
+    }
+  };
+  auto write_tables = [&] {
+    const int column = warp % COLUMNS;
+    const unsigned short* mine = staged + column * LANES + lane % LANES;
+    unsigned first[LEVELS];
+#pragma unroll
+    for (int code = 0; code < LEVELS; ++code) first[code] = mine[code * OUTS];
+    unsigned char* table = memory + column * 128 + lane * 4;
+#pragma unroll
+    for (int i = 0; i < (LEVELS + COLUMN_WARPS - 1) / COLUMN_WARPS; ++i) {
+      const int code = warp / COLUMNS + i * COLUMN_WARPS;
+      if (LEVELS % COLUMN_WARPS == 0 || code < LEVELS) {
+        const unsigned second = (unsigned)mine[code * OUTS] << 16;
+#pragma unroll
+        for (int other = 0; other < LEVELS; ++other)
+          *reinterpret_cast<unsigned*>(table + (code * LEVELS + other) * STRIDE) = first[other] | second;
+      }
+    }
+  };
+
+  unsigned codes[SPAN][UNIT_WORDS][LANE_WORDS];
+  auto unit_of = [&](int turn) { return (warp * TURNS + turn) * SHARES + share; };
+  auto out_of = [&](int block) { return block * OUTS + lane % LANES * COLUMNS; };
+  auto start_of = [&](int block) { return unit_at(words, unit_of(0), out_of(block)); };
+  constexpr long long NEXT = (long long)SHARES * UNIT_WORDS * OUTPUTS;
+  const unsigned* from = start_of(blockIdx.x);
+  auto read = [&](int s, int turn, int block) {
+    read_unit<EXACT>(codes[s], from + s * NEXT, EXACT ? 0 : unit_of(turn + s), out_of(block));
+  };
+  read_palettes(blockIdx.x);
+  // The part of x that this warp multiplies.
+  uint4 my_x[ROWS][X_READS];
+#pragma unroll
+  for (int n = 0; n < ROWS; ++n)
+#pragma unroll
+    for (int i = 0; i < X_READS; ++i) {
+      const int mine = i * 256 + lane * 8, at = warp * MY_CODES + mine;
+      my_x[n][i] = mine < MY_CODES ? eight_inputs<EXACT>(x, n, at) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+  for (int s = 0; s < SPAN; ++s) read(s, 0, blockIdx.x);
+
+  float x_power[ROWS];
+#pragma unroll
+  for (int n = 0; n < ROWS; ++n) {
+    const float2 power = power_for(largest(my_x[n]), 138);
+    x_power[n] = power.y;
+#pragma unroll
+    for (int i = 0; i < X_READS; ++i) {
+      const unsigned* two = reinterpret_cast<const unsigned*>(&my_x[n][i]);
+      unsigned half[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        half[j] = two_halves(x_value((unsigned short)two[j]) * power.x, x_value((unsigned short)(two[j] >> 16)) * power.x);
+      if (i * 256 + lane * 8 < MY_CODES)
+        *reinterpret_cast<uint4*>(shared_x + n * X_ROW + warp * MY_CODES + i * 256 + lane * 8) =
+            make_uint4(half[0], half[1], half[2], half[3]);
+    }
+  }
+
+  float totals[ROWS][COLUMNS][2];
+  unsigned chains[ROWS][COLUMNS];
+  auto use = [&](const unsigned short* my_x, int first_octet, const unsigned (&from)[UNIT_WORDS][LANE_WORDS]) {
+#pragma unroll
+    for (int octet = 0; octet < UNIT_CODES / 8; ++octet) {
+      unsigned inputs[ROWS][4];
+#pragma unroll
+      for (int n = 0; n < ROWS; ++n) {
+        const uint4 all = *reinterpret_cast<const uint4*>(my_x + n * X_ROW + octet * 8);
+        inputs[n][0] = all.x, inputs[n][1] = all.y, inputs[n][2] = all.z, inputs[n][3] = all.w;
+      }
+#pragma unroll
+      for (int column = 0; column < COLUMNS; ++column) {
+#pragma unroll
+        for (int two = 0; two < 4; ++two) {
+          const int at = (octet * 8 + 2 * two) * BITS, i = at / 32, begin = at % 32;
+          constexpr int SHIFT = log2_of(STRIDE);
+          const unsigned word = from[i][column];
+          unsigned offset;
+          if constexpr (BITS == 4) {
+            offset = permuted(word, lane * 4, 0x7704 | begin / 8 << 4);
+          } else {
+            const unsigned moved = begin + 2 * BITS > 32 ? __funnelshift_r(word, from[i + 1][column], begin) << SHIFT
+                                   : begin >= SHIFT      ? word >> (begin - SHIFT)
+                                                         : word << (SHIFT - begin);
+            offset = (moved & (PAIRS - 1) << SHIFT) | lane * 4;
+          }
+          const unsigned values =
+              *reinterpret_cast<const unsigned*>(memory + column * 128 + offset);
+#pragma unroll
+          for (int n = 0; n < ROWS; ++n) {
+            if (two == 0 && (first_octet + octet) % CHAIN == 0)
+              asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(chains[n][column]) : "r"(values), "r"(inputs[n][0]));
+            else
+              asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(chains[n][column]) : "r"(values), "r"(inputs[n][two]));
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < ROWS; ++n) {
+          if ((first_octet + octet) % CHAIN != CHAIN - 1) continue;
+          float2 both;
+          asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+              : "=f"(both.x), "=f"(both.y)
+              : "r"(chains[n][column]));
+          totals[n][column][0] += both.x, totals[n][column][1] += both.y;
+        }
+      }
+    }
+  };
+
+  const unsigned short* first_x = shared_x + unit_of(0) * UNIT_CODES;
+  stage_palettes(powers);
+  __syncthreads();
+#pragma unroll 1
+  for (int block = blockIdx.x, i = 0; block < BLOCKS_OF_OUTS; block += gridDim.x, ++i) {
+    const int next = block + gridDim.x;
+    const bool more = next < BLOCKS_OF_OUTS;
+    write_tables();
+    __syncthreads();
+    if (more) read_palettes(next);
+#pragma unroll
+    for (int n = 0; n < ROWS; ++n)
+#pragma unroll
+      for (int column = 0; column < COLUMNS; ++column) totals[n][column][0] = totals[n][column][1] = 0;
+#pragma unroll 1
+    for (int turn = 0; turn < TURNS; turn += SPAN) {
+      const bool last = turn + SPAN == TURNS;
+      from = last ? start_of(next) : from + SPAN * NEXT;
+#pragma unroll
+      for (int s = 0; s < SPAN; ++s) {
+        use(first_x + (turn + s) * SHARES * UNIT_CODES, s * (UNIT_CODES / 8), codes[s]);
+        if (!last || more) read(s, last ? 0 : turn + SPAN, last ? next : block);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < ROWS; ++n)
+#pragma unroll
+      for (int column = 0; column < COLUMNS; ++column) {
+        const int out = lane % LANES * COLUMNS + column;
+        float sum = totals[n][column][0] + totals[n][column][1];
+#pragma unroll
+        for (int far = LANES; far < 32; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);
+        if (share == 0) sums[(warp * ROWS + n) * OUTS + out] = sum * x_power[n] * powers[i % 2 * OUTS + out];
+      }
+    if (more) stage_palettes(powers + (i + 1) % 2 * OUTS);
+    __syncthreads();
+    write_products(y, sums, block * OUTS);
+  }
+}
