@@ -1,8 +1,9 @@
 """Products with quantized matrices by kernels for NVIDIA's chips (compute capability 8.0 and later).
 
-One or two rows times palettes are looked up two codes at a time (`kernels/pairs.cu`), times evenly spaced levels they go
-to the integer matrix units (`kernels/levels.cu`), and up to 64 rows to the floating-point ones (`kernels/matmul.cu`).
-All read the codes where they are. For more rows the last kernel writes the weight out once, and XLA multiplies.
+For one or two rows, palettes are looked up two codes at a time (`kernels/pairs.cu`) and evenly spaced levels go to the
+integer matrix units (`kernels/levels.cu`). Vectors, and up to 64 rows, go to the floating-point ones
+(`kernels/matmul.cu`). All read the codes where they are. For more rows the last kernel writes the weight out once, and
+XLA multiplies.
 """
 
 import dataclasses
