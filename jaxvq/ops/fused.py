@@ -254,8 +254,8 @@ def _by_floats(problem: Problem) -> Tiles:
         span = math.gcd(span, problem.group_turns)
     many = problem.outputs >= 64 * PROCESSORS
     k_warps, out_warps = 8, 1
-    if many and problem.rows > ROWS_SPLIT:
-        k_warps, out_warps = (4, 2) if problem.rows <= 16 else (2, 4)
+    if many and (problem.expand or problem.rows > ROWS_SPLIT):
+        k_warps, out_warps = (2, 4) if problem.expand or problem.rows > 16 else (4, 2)
     blocks = 1 if problem.rows > 16 else 2
     tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, copies=_copies(problem))
     splits = [True, False] if problem.rows <= ROWS_SPLIT else [False]
