@@ -21,7 +21,6 @@ from jaxvq.ops import cuda
 TYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
 ROWS_OF_VECTORS = 2  # rows of x, of which there are few enough for the first two
-IN_FLIGHT = 32768  # bytes on their way to a processor, as many as memory can deliver by the time they are here
 ROWS_SPLIT = 4
 ROWS_MOST = 64
 PALETTE_MOST = 16
@@ -224,8 +223,8 @@ def _by_pairs(problem: Problem) -> Tiles:
         lanes //= 2
     blocks = 1 if problem.outputs <= PROCESSORS * 2 * lanes else 2
     turns = -(-problem.w.codes.length // (codes * k_warps * (32 // lanes)))
-    span = min(IN_FLIGHT // (blocks * k_warps * 32 * 2 * 4 * words), turns // 2)
-    tiles = Tiles("pairs", 2, k_warps, 1, max(1, span), blocks, lanes)
+    span = min(4 if words == 1 else 2, turns)
+    tiles = Tiles("pairs", 2, k_warps, 1, span, blocks, lanes)
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 

@@ -116,13 +116,13 @@ __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS]
       if constexpr (OUTPUTS % NEAR == 0 && NEAR_WORDS % 4 == 0) {
 #pragma unroll
         for (int j = 0; j < NEAR_WORDS; j += 4)
-          asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+          asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                        : "=r"(here[j]), "=r"(here[j + 1]), "=r"(here[j + 2]), "=r"(here[j + 3])
                        : "l"(row + j));
       } else if constexpr (OUTPUTS % NEAR == 0 && NEAR_WORDS % 2 == 0) {
 #pragma unroll
         for (int j = 0; j < NEAR_WORDS; j += 2)
-          asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+          asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
                        : "=r"(here[j]), "=r"(here[j + 1])
                        : "l"(row + j));
       } else {

@@ -98,8 +98,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   auto start_of = [&](int block) { return unit_at(words, unit_of(0), out_of(block)); };
   constexpr long long NEXT = (long long)SHARES * UNIT_WORDS * OUTPUTS;
   const unsigned* from = start_of(blockIdx.x);
-  auto read = [&](int s, int turn, int block) {
-    read_unit<EXACT>(codes[s], from + s * NEXT, EXACT ? 0 : unit_of(turn + s), out_of(block));
+  auto read = [&](unsigned (&to)[SPAN][UNIT_WORDS][LANE_WORDS], int turn, int block) {
+#pragma unroll
+    for (int s = 0; s < SPAN; ++s)
+      read_unit<EXACT>(to[s], from + s * NEXT, EXACT ? 0 : unit_of(turn + s), out_of(block));
   };
   read_palettes(blockIdx.x);
   // The part of x that this warp multiplies.
@@ -111,8 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int mine = i * 256 + lane * 8, at = warp * MY_CODES + mine;
       my_x[n][i] = mine < MY_CODES ? eight_inputs<EXACT>(x, n, at) : make_uint4(0, 0, 0, 0);
     }
-#pragma unroll
-  for (int s = 0; s < SPAN; ++s) read(s, 0, blockIdx.x);
+  read(codes, 0, blockIdx.x);
 
   float x_power[ROWS];
 #pragma unroll
@@ -200,10 +201,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int turn = 0; turn < TURNS; turn += SPAN) {
       const bool last = turn + SPAN == TURNS;
       from = last ? start_of(next) : from + SPAN * NEXT;
+      unsigned coming[SPAN][UNIT_WORDS][LANE_WORDS];
+      if (!last || more) read(coming, last ? 0 : turn + SPAN, last ? next : block);
 #pragma unroll
       for (int s = 0; s < SPAN; ++s) {
         use(first_x + (turn + s) * SHARES * UNIT_CODES, s * (UNIT_CODES / 8), codes[s]);
-        if (!last || more) read(s, last ? 0 : turn + SPAN, last ? next : block);
+#pragma unroll
+        for (int i = 0; i < UNIT_WORDS; ++i)
+#pragma unroll
+          for (int j = 0; j < LANE_WORDS; ++j) codes[s][i][j] = coming[s][i][j];
       }
     }
 #pragma unroll
