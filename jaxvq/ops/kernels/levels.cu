@@ -57,7 +57,7 @@ __device__ __forceinline__ float2 read_levels(const Decoder& decoder, int group,
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     levels(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
-            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
+           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4, warp = threadIdx.x / 32;
@@ -211,7 +211,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           __syncwarp();
           const int group = min(turn / PART_TURNS * K_WARPS + warp, FINEST - 1);
 #pragma unroll 1
-          for (int out = lane; out < OUTS; out += 32) levels_here[out] = read_levels(decoder, group, block * OUTS + out);
+          for (int out = lane; out < OUTS; out += 32)
+            levels_here[out] = read_levels(decoder, group, block * OUTS + out);
           __syncwarp();
           start();
         }

@@ -54,8 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int i = 0; i < RAW; ++i) {
       const int item = threadIdx.x + i * THREADS, out = block * OUTS + item / LEVELS, code = item % LEVELS;
-      if (STAGED % THREADS == 0 || item < STAGED)
-        raw[i] = decoder.scale(0, out) * decoder.entry(0, out, 0, code, 0);
+      if (STAGED % THREADS == 0 || item < STAGED) raw[i] = decoder.scale(0, out) * decoder.entry(0, out, 0, code, 0);
     }
   };
   // Values go from the registers by shared memory into tables of pairs.
@@ -126,7 +125,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       unsigned half[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        half[j] = two_halves(x_value((unsigned short)two[j]) * power.x, x_value((unsigned short)(two[j] >> 16)) * power.x);
+        half[j] =
+            two_halves(x_value((unsigned short)two[j]) * power.x, x_value((unsigned short)(two[j] >> 16)) * power.x);
       if (i * 256 + lane * 8 < MY_CODES)
         *reinterpret_cast<uint4*>(shared_x + n * X_ROW + warp * MY_CODES + i * 256 + lane * 8) =
             make_uint4(half[0], half[1], half[2], half[3]);
@@ -160,14 +160,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                                                          : word << (SHIFT - begin);
             offset = (moved & (PAIRS - 1) << SHIFT) | lane * 4;
           }
-          const unsigned values =
-              *reinterpret_cast<const unsigned*>(memory + column * 128 + offset);
+          const unsigned values = *reinterpret_cast<const unsigned*>(memory + column * 128 + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {
             if (two == 0 && (first_octet + octet) % CHAIN == 0)
               asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(chains[n][column]) : "r"(values), "r"(inputs[n][0]));
-            else
-              asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(chains[n][column]) : "r"(values), "r"(inputs[n][two]));
+            else asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(chains[n][column]) : "r"(values), "r"(inputs[n][two]));
           }
         }
 #pragma unroll
