@@ -22,6 +22,7 @@ constexpr int GROUP_CODES = LENGTH / FINEST;
 constexpr int THREADS = K_WARPS * OUT_WARPS * 32;
 constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a warp, of a block of threads
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
+constexpr int LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
 
 template <int TYPE>
 __device__ __forceinline__ float number(const void* from, long long index) {
@@ -85,14 +86,8 @@ __device__ __forceinline__ float largest(const uint4 (&values)[N]) {
   return x_value((unsigned short)__reduce_max_sync(~0u, most));
 }
 
-// A lane reads the words of one unit of COLUMNS outputs. NEAR of them are neighbours, the next ones LANES * NEAR further:
-// so lanes that lie side by side read 16 bytes each that lie side by side.
+// The words of one unit of COLUMNS neighbouring outputs.
 constexpr int LANE_WORDS = COLUMNS * STAGES;
-constexpr int NEAR = LANE_WORDS > 4 && 4 % STAGES == 0 ? 4 / STAGES : COLUMNS;
-constexpr int NEAR_WORDS = NEAR * STAGES, LAST_OUT = OUTPUTS % NEAR == 0 ? OUTPUTS - NEAR : OUTPUTS - 1;
-__device__ __forceinline__ constexpr int place_of(int lane, int column) {
-  return (column / NEAR * LANES + lane) * NEAR + column % NEAR;
-}
 constexpr long long NEXT_TURN = 4LL * UNIT_WORDS * OUTPUTS * STAGES;  // words from a unit to the quad's next
 
 // Where the unit `unit` of the outputs from `out` on begins.
@@ -100,36 +95,30 @@ __device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int un
   return words + ((long long)unit * UNIT_WORDS * OUTPUTS + min(out, LAST_OUT)) * STAGES;
 }
 
-// Reads the unit at `from`. Beyond the end of the input side it reads what is before.
+// Reads the unit at `from`. Beyond the end of the input side it reads what is before. A load that promised memory never to
+// change would be moved below the next barrier, closer to its use.
 template <bool INSIDE>
 __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS], const unsigned* from, int unit,
                                           int out) {
 #pragma unroll
-  for (int part = 0; part < COLUMNS / NEAR; ++part) {
-    const int further = part * LANES * NEAR;
-    const int moved = OUTPUTS % BLOCK_OUTS == 0 ? further : min(out + further, LAST_OUT) - min(out, LAST_OUT);
+  for (int i = 0; i < UNIT_WORDS; ++i) {
+    const int beyond = INSIDE ? 0 : max(0, unit * UNIT_WORDS + i - (WORD_ROWS - 1));
+    const unsigned* row = from + (long long)(i - beyond) * OUTPUTS * STAGES;
+    if constexpr (OUTPUTS % COLUMNS == 0 && LANE_WORDS % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < UNIT_WORDS; ++i) {
-      const int beyond = INSIDE ? 0 : max(0, unit * UNIT_WORDS + i - (WORD_ROWS - 1));
-      const unsigned* row = from + ((long long)(i - beyond) * OUTPUTS + moved) * STAGES;
-      unsigned* here = to[i] + part * NEAR_WORDS;
-      if constexpr (OUTPUTS % NEAR == 0 && NEAR_WORDS % 4 == 0) {
+      for (int j = 0; j < LANE_WORDS; j += 4)
+        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[i][j]), "=r"(to[i][j + 1]), "=r"(to[i][j + 2]), "=r"(to[i][j + 3])
+                     : "l"(row + j));
+    } else if constexpr (OUTPUTS % COLUMNS == 0 && LANE_WORDS % 2 == 0) {
 #pragma unroll
-        for (int j = 0; j < NEAR_WORDS; j += 4)
-          asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                       : "=r"(here[j]), "=r"(here[j + 1]), "=r"(here[j + 2]), "=r"(here[j + 3])
-                       : "l"(row + j));
-      } else if constexpr (OUTPUTS % NEAR == 0 && NEAR_WORDS % 2 == 0) {
+      for (int j = 0; j < LANE_WORDS; j += 2)
+        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(to[i][j]), "=r"(to[i][j + 1])
+                     : "l"(row + j));
+    } else {
 #pragma unroll
-        for (int j = 0; j < NEAR_WORDS; j += 2)
-          asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                       : "=r"(here[j]), "=r"(here[j + 1])
-                       : "l"(row + j));
-      } else {
-#pragma unroll
-        for (int j = 0; j < NEAR_WORDS; ++j)
-          here[j] = __ldg(row + (out + further + j / STAGES < OUTPUTS ? j : j % STAGES));
-      }
+      for (int j = 0; j < LANE_WORDS; ++j) to[i][j] = __ldg(row + (out + j / STAGES < OUTPUTS ? j : j % STAGES));
     }
   }
 }

@@ -1,6 +1,6 @@
 // x @ w with the codes of w read straight from memory, by the matrix units; or, with EXPAND, w itself.
 //
-// A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS outputs. The four quads
+// A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS neighbouring outputs. The four quads
 // take turns along the input side, each reading whole units. The eight values decoded at a time become four registers,
 // which are a lane's share of the first factor of a product of tiles (w, transposed); the second factor is x. A weight
 // goes from memory to a register to a product and never comes by shared memory.
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   static_assert(PART_TURNS % SPAN == 0, "a group must end where a span ends");
   constexpr long long NEXT_PART = ((K_WARPS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
   const unsigned* from;
-  auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * NEAR; };
+  auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS; };
   auto start_of = [&](int block) { return unit_at(words, k_warp * PART_TURNS * 4 + quad, out_of(block)); };
   auto read = [&](int s, int turn, int block) {
     read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad, out_of(block));
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   // Eight values of one output, two to a register.
   auto decode = [&](int s, int chunk, int column, int stage, int group, unsigned (&values)[4]) {
     if constexpr (AFFINE) {
-      const int out = first_out + place_of(row, column);
+      const int out = first_out + row * COLUMNS + column;
       const float step = decoder.scale(group, out), zero = decoder.zero(group, out);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -201,20 +201,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 
   auto write = [&](int unit, int chunk, unsigned (&a)[COLUMNS][4]) {
-    const int out = first_out + row * NEAR, input = unit * UNIT_VALUES + chunk * 8;
+    const int out = first_out + row * COLUMNS, input = unit * UNIT_VALUES + chunk * 8;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       unsigned short* to = y + (long long)(input + i) * OUTPUTS + out;
       if (input + i >= INPUTS || out >= OUTPUTS) continue;
-      if constexpr (OUTPUTS % COLUMNS == 0 && NEAR == 4) {
+      if constexpr (OUTPUTS % COLUMNS == 0 && COLUMNS == 4) {
         const int pick = i % 2 ? 0x7632 : 0x5410;
         *reinterpret_cast<uint2*>(to) =
             make_uint2(__byte_perm(a[0][i / 2], a[1][i / 2], pick), __byte_perm(a[2][i / 2], a[3][i / 2], pick));
       } else {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-          if (first_out + place_of(row, c) < OUTPUTS)
-            to[place_of(0, c)] = (unsigned short)(a[c][i / 2] >> i % 2 * 16);
+          if (out + c < OUTPUTS) to[c] = (unsigned short)(a[c][i / 2] >> i % 2 * 16);
       }
     }
   };
@@ -284,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const uint4 all = *reinterpret_cast<const uint4*>(palettes + place_of(row, c) * 32 + b * 16);
+        const uint4 all = *reinterpret_cast<const uint4*>(palettes + (row * COLUMNS + c) * 32 + b * 16);
         unsigned* to = entries[c] + b * (WIDE ? 4 : 2);
         to[0] = all.x, to[1] = all.y;
         if constexpr (WIDE) to[2] = all.z, to[3] = all.w;
@@ -337,14 +336,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int t = 0; t < TILES_M; ++t)
 #pragma unroll
         for (int tile = 0; tile < TILES_N; ++tile) {
-          float* to = shared_sums + k_warp * ROWS * BLOCK_OUTS + out_warp * OUTS;
+          float* to = shared_sums + k_warp * ROWS * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS;
           if constexpr (SPLIT) {
-            if (quad < ROWS) to[quad * BLOCK_OUTS + place_of(row, t)] = sums[t][tile][0] + sums[t][tile][3];
+            if (quad < ROWS) to[quad * BLOCK_OUTS + t] = sums[t][tile][0] + sums[t][tile][3];
           } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int n = tile * 8 + 2 * quad + i % 2, c = 2 * t + i / 2;
-              if (n < ROWS && c < COLUMNS) to[n * BLOCK_OUTS + place_of(row, c)] = sums[t][tile][i];
+              if (n < ROWS && c < COLUMNS) to[n * BLOCK_OUTS + c] = sums[t][tile][i];
             }
           }
         }
