@@ -7,10 +7,11 @@ of the time of bf16, 1 / 2.5 with 3-bit palettes, half with 2-bit codebooks; 204
 is that of rounding to bf16.
 
 A turn multiplies the same x with twelve different weights, more of them if they are small, so that none is still in
-the cache when its turn comes. Many turns with changing x are one program, and the contenders' programs run by turns;
-the median time of a program over its products is the time. That of the loop itself, without products, is shown beside
-it and not subtracted. What PyTorch runs is recorded as CUDA graphs and timed by events. A package that is missing is
-named and left out. With PyTorch set XLA_PYTHON_CLIENT_PREALLOCATE=false, so that it has room beside JAX.
+the cache when its turn comes. Many turns with changing x are one program, which runs a few turns of them at a time as
+one CUDA graph. The contenders' programs run by turns; the median time of a program over its products is the time. That
+of the loop itself, without products, is shown beside it and not subtracted. What PyTorch runs is recorded as CUDA
+graphs and timed by events. A package that is missing is named and left out. With PyTorch set
+XLA_PYTHON_CLIENT_PREALLOCATE=false, so that it has room beside JAX.
 """
 
 import argparse

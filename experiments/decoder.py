@@ -150,9 +150,10 @@ def _product_of_normed(
 ) -> Float32[Array, "t out"]:
     """`weight` times `x` over its root mean square.
 
-    The division comes after the product, which so does not wait for the mean: one program less.
+    The division comes after the product, which so does not wait for the mean. The barrier keeps the two apart, and they
+    can be computed at the same time.
     """
-    root = lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + model.epsilon)
+    root = lax.rsqrt(jnp.mean(lax.optimization_barrier(x) ** 2, axis=1, keepdims=True) + model.epsilon)
     return _product(x * norm, weight) * root
 
 

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 Product = Callable[[Any, Any], Any]
 DTYPE = jnp.bfloat16
 KEPT = 128  # output columns of each product that are added up
+UNROLLED = 4  # turns in the body of the loop, which is one CUDA graph: to start it takes as long as a product or two
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all", "partition-id"}
 
 
@@ -185,7 +186,8 @@ def many_turns(
         return sum((result[:, :kept].astype(jnp.float32) for result in results), start=total)
 
     kept = min(KEPT, xs.shape[2])
-    return lax.fori_loop(0, turns, turn, jnp.zeros((xs.shape[1], kept), jnp.float32))
+    begin = jnp.zeros((xs.shape[1], kept), jnp.float32)
+    return lax.fori_loop(0, turns, turn, begin, unroll=min(UNROLLED, turns))
 
 
 def take_turn(run: Run, xs: Float[Array, "n rows in"]) -> None:

@@ -123,7 +123,7 @@ def test_a_loop_without_weights_adds_up_x():
 def test_nothing_about_the_weights_is_computed_outside_the_loop():
     weights = bench_matmul.make_weights("palette4-xla", (32, 128), TINY)
     xs = jnp.ones((2, 1, 32), jnp.bfloat16)
-    run = Run({}, 3, weights)
+    run = Run({}, 2 * matmul_contenders.UNROLLED, weights)
     text = matmul_contenders.compiled(CONTENDERS["palette4-xla"].product, run, xs).as_text()
     entry = text[text.index("\nENTRY") :]
     reading = [line for line in entry.splitlines()[2:] if re.search(r"\(.*%weights_", line)]
