@@ -8,6 +8,7 @@ XLA multiplies.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxvq.ops import cuda
 
 TYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
-ROWS_OF_VECTORS = 2  # rows of x, of which there are few enough for the first two
+ROWS_FEW = 2  # rows of x that the kernels of palettes and of levels serve
 ROWS_SPLIT = 4
 ROWS_MOST = 64
 PALETTE_MOST = 16
@@ -179,7 +180,10 @@ def _reason_of_format(problem: Problem) -> str | None:
 
 
 def product(x: Float[Array, "n a"], w: QuantizedArray) -> Float[Array, "n b"]:
-    """`x @ w` where `reason` has nothing against it, added up in float32 and rounded to the dtype of `x`."""
+    """`x @ w` where `reason` has nothing against it, rounded to the dtype of `x`.
+
+    Sums are float32; those of palettes at one or two rows are of sums of eight products in float16.
+    """
     problem = Problem(x.shape[0], x.shape[1], x.dtype, w)
     tiles = choose(problem)
     if tiles is None:
@@ -197,17 +201,16 @@ def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
 
 def choose(problem: Problem) -> Tiles | None:
     """The tiles of the fastest kernel for a product; None where the weight had better be written out."""
-    if problem.dim == 1 and problem.rows <= ROWS_OF_VECTORS:
-        palettes = problem.parts[0] is not None
-        ways = [_by_integers] if not palettes else [_by_pairs] if problem.groups == 1 else []
-        for tiles in (way(problem) for way in ways):
-            if nbytes_of(problem, tiles) <= cuda.shared_nbytes():
-                return tiles
+    ways: list[Callable[[Problem], Tiles]] = []
+    if problem.dim == 1 and problem.rows <= ROWS_FEW:
+        if problem.parts[0] is None:
+            ways.append(_by_integers)
+        elif problem.groups == 1:
+            ways.append(_by_pairs)
     if problem.rows <= ROWS_MOST:
-        tiles = _by_floats(problem)
-        if nbytes_of(problem, tiles) <= cuda.shared_nbytes():
-            return tiles
-    return None
+        ways.append(_by_floats)
+    every = (way(problem) for way in ways)
+    return next((tiles for tiles in every if nbytes_of(problem, tiles) <= cuda.shared_nbytes()), None)
 
 
 def _columns(problem: Problem) -> int:
@@ -216,15 +219,15 @@ def _columns(problem: Problem) -> int:
 
 
 def _by_pairs(problem: Problem) -> Tiles:
-    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave work for most processors."""
+    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
     words, codes = problem.unit
-    lanes, k_warps = 32, 16
-    while lanes > 8 and problem.outputs < PROCESSORS * 2 * lanes * 2 / 3:
+    columns, lanes, k_warps = 2, 32, 16
+    while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * columns * lanes:
         lanes //= 2
-    blocks = 1 if problem.outputs <= PROCESSORS * 2 * lanes else 2
-    turns = -(-problem.w.codes.length // (codes * k_warps * (32 // lanes)))
-    span = min(4 if words == 1 else 2, turns)
-    tiles = Tiles("pairs", 2, k_warps, 1, span, blocks, lanes)
+    blocks = 1 if problem.outputs <= PROCESSORS * columns * lanes else 2
+    units_of_lane = -(-problem.w.codes.length // (codes * k_warps * (32 // lanes)))
+    span = min(4 if words == 1 else 2, units_of_lane)
+    tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes)
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 
@@ -325,7 +328,7 @@ def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStru
     operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in parts)
     blocks = -(-problem.outputs // tiles.outs)
     launch = {
-        "blocks": -(-blocks // -(-blocks // (PROCESSORS * tiles.blocks))),  # each with as many turns as any other
+        "blocks": -(-blocks // -(-blocks // (PROCESSORS * tiles.blocks))),  # the fewest that take no longer
         "threads": 32 * tiles.k_warps * tiles.out_warps,
         "shared_nbytes": nbytes_of(problem, tiles),
     }

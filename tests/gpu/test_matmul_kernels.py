@@ -1,5 +1,6 @@
 """The kernels of products against float64: `pytest -m gpu` on a machine with an NVIDIA GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -50,6 +51,18 @@ def test_products_have_the_digits_of_their_dtype(name, shape):
             assert digits_lost(got, x, w) < MOST[dtype], (rows, dtype)
 
 
+@pytest.mark.parametrize("shape", [(4352, 196), (1008, 301)], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
+    """As if there were one processor, which takes turns like those of a large GPU with large weights."""
+    monkeypatch.setattr(fused, "PROCESSORS", 1)
+    w = weight(name, shape)
+    for rows in (1, 2, 16) if fused.reason(1, shape[0], jnp.bfloat16, w) is None else ():
+        x = inputs(rows, shape[0], "bfloat16")
+        poison()
+        assert digits_lost(jax.jit(functools.partial(matmul, backend="cuda"))(x, w), x, w) < 4e-3, rows
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_weight_is_written_out_as_it_is_decoded(name):
     w = weight(name, (1000, 77))
@@ -79,23 +92,54 @@ def test_the_kernel_is_what_runs_and_once():
     assert "gather" not in text
 
 
-def test_values_that_are_not_finite_stay_so():
-    w, x = weight("4-bit palettes", (1024, 96)), inputs(1, 1024, "bfloat16")
+@pytest.mark.parametrize("name", ["4-bit palettes", "4 bits", "4 bits, groups"])
+def test_inputs_that_are_not_finite_show(name):
+    w, x = weight(name, (1024, 96)), inputs(1, 1024, "bfloat16")
     assert not np.isfinite(np.asarray(matmul(x.at[0, 3].set(jnp.nan), w), "f")).any()
     assert not np.isfinite(np.asarray(matmul(x.at[0, 3].set(jnp.inf), w), "f")).any()
+
+
+def test_entries_that_are_not_finite_show_where_they_are_used():
+    w, x = weight("4-bit palettes", (1024, 96)), inputs(1, 1024, "bfloat16")
     spoilt = jax.tree.map(lambda leaf: leaf.at[0, 5, 0, 3, 0].set(jnp.nan) if leaf.ndim == 5 else leaf, w)
     columns = np.isfinite(np.asarray(matmul(x, spoilt), "f"))[0]
     assert not columns[5]
     assert columns.sum() == 95
 
 
+def test_entries_that_nothing_uses_do_not_matter():
+    w, x = weight("13 entries", (1024, 96)), inputs(1, 1024, "bfloat16")
+    spoilt = jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, 0)] * 3 + [(0, 3), (0, 0)], constant_values=jnp.inf), w.decoder
+    )
+    np.testing.assert_array_equal(matmul(x, dataclasses.replace(w, decoder=spoilt)), matmul(x, w))
+
+
+def test_sums_that_only_grow():
+    w, x = weight("4-bit palettes", (1024, 96)), jnp.ones((1, 1024), "float16")
+    same = np.linspace(0.5, 1, 96, dtype="f")[None, :, None, None, None] / 1024
+    w = jax.tree.map(lambda leaf: jnp.broadcast_to(same, leaf.shape) if leaf.ndim == 5 else leaf, w)
+    assert relative_error(matmul(x, w), expected(x, w)) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["4-bit palettes", "4 bits", "4 bits, groups"])
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20, 1e35])
-def test_rows_of_very_different_sizes(scale):
-    w = weight("4-bit palettes", (1024, 96))
+def test_rows_of_very_different_sizes(name, scale):
+    w = weight(name, (1024, 96))
     x = (inputs(2, 1024, "float32") * jnp.array([[1.0], [scale]], jnp.float32)).astype(jnp.bfloat16)
     got, plain = np.asarray(matmul(x, w), np.float64), expected(x, w)
     assert relative_error(got[0], plain[0]) < 4e-3
     assert np.abs(got[1] - plain[1]).max() <= 4e-3 * np.abs(plain[1]).max() + 1e-37
+
+
+@pytest.mark.parametrize("name", ["4-bit palettes", "3-bit palettes"])
+def test_palettes_of_very_different_sizes(name):
+    w, x = weight(name, (1024, 96)), inputs(2, 1024, "bfloat16")
+    sizes = np.logspace(-18, 18, 96).astype(np.float32)[None, :, None, None, None]
+    w = jax.tree.map(lambda leaf: leaf * sizes if leaf.ndim == 5 else leaf, w)
+    got, plain = np.asarray(matmul(x, w), np.float64), expected(x, w)
+    for column in range(96):
+        assert relative_error(got[:, column], plain[:, column]) < 2e-2, column  # two sums may happen to be small
 
 
 def test_products_run_inside_loops_and_maps():

@@ -194,6 +194,30 @@ def test_every_format_is_served_by_one_kernel(name, shape, fake_compiler, launch
     look_at(name, shape, look)
 
 
+KERNELS = {
+    ("4-bit palettes", 1): "pairs",
+    ("4-bit int8 palettes", 2): "pairs",
+    ("1-bit palettes", 2): "pairs",
+    ("4-bit palettes", 3): "matmul",
+    ("4-bit palettes of groups", 1): "matmul",
+    ("4 bits", 1): "levels",
+    ("8 bits, symmetric groups", 2): "levels",
+    ("4 bits", 3): "matmul",
+    ("2 x 8 bits, d=8", 1): "matmul",
+    ("4 bits", 64): "matmul",
+}
+
+
+@pytest.mark.parametrize(("name", "rows"), KERNELS)
+def test_which_kernel_serves(name, rows, fake_compiler, launches):
+    def look(w):
+        launch = launched(launches, rows, w)
+        assert (launch.name, launch.constants["EXPAND"]) == (KERNELS[name, rows], 0)
+        assert launched(launches, 65, w).constants["EXPAND"] == 1
+
+    look_at(name, (1024, 96), look)
+
+
 @pytest.mark.parametrize("memory", [H100, RTX_4090])
 @every_format
 def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
@@ -217,6 +241,7 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
         look_at(name, shape, look)
 
 
+SIZES = [((1000, 77), 0), ((1024, 96), 1), ((4096, 14336), 2), ((1000, 77), 3), ((4096, 14336), 16)]
 SHARED = {
     "pairs": "TABLE_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
     "levels": "8 * (GROUPED ? K_WARPS : 2) * OUTS + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
@@ -241,7 +266,7 @@ def test_kernels_compile_and_use_the_memory_they_are_given(name, launches, monke
         assembly = cuda.assemble.__wrapped__(launch.name, tuple(sorted(constants.items())))
         assert f".entry {launch.name}(" in assembly
 
-    for shape, rows in [((1000, 77), 0), ((1024, 96), 1), ((1000, 77), 3), ((4096, 14336), 16)]:
+    for shape, rows in SIZES:
         look_at(name, shape, functools.partial(look, rows=rows))
 
 

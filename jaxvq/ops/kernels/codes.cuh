@@ -51,6 +51,14 @@ __device__ __forceinline__ unsigned short rounded(float x) {
   return bits;
 }
 
+template <bool AS_BFLOAT>
+__device__ __forceinline__ unsigned two_halves(float low, float high) {
+  unsigned both;
+  if constexpr (AS_BFLOAT) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
 __device__ __forceinline__ unsigned permuted(unsigned low, unsigned high, unsigned selectors) {
   unsigned bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
@@ -95,8 +103,8 @@ __device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int un
   return words + ((long long)unit * UNIT_WORDS * OUTPUTS + min(out, LAST_OUT)) * STAGES;
 }
 
-// Reads the unit at `from`. Beyond the end of the input side it reads what is before. A load that promised memory never to
-// change would be moved below the next barrier, closer to its use.
+// Reads the unit at `from`. Beyond the end of the input side it reads what is before. Loads of memory that is said
+// never to change would be moved below the next barrier, closer to their use.
 template <bool INSIDE>
 __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS], const unsigned* from, int unit,
                                           int out) {

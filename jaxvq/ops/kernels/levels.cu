@@ -1,20 +1,20 @@
 // x @ w for a row or two of x and codes that stand for evenly spaced levels, by the integer matrix units.
 //
-// Codes are multiplied as they are. Every value of x is split into three digits of 7 bits, in columns of their own, whose
-// products and sums are exact. A row of ones gives the sum of x, which the zero point multiplies.
+// Codes are multiplied as they are. Every value of x is split into three digits of 7 bits, in columns of their own,
+// whose products and sums are exact. A row of ones gives the sum of x, which the zero point multiplies.
 //
 // A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS neighbouring outputs. The four quads
 // take turns along the input side: each reads whole units, the fewest words that end where eight codes end. The K_WARPS
 // of a block share the input side; each scales x by the largest value in its own part. They add up in a fixed order.
 //
 // Compiled with: ROWS of x (1 or 2), INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of
-// x); G_BLOCKS, OUT_BLOCKS of the zero points; SCALES, ZEROS (types, 0 for none); SCALE_G, SCALE_OUT (blocks of scales);
-// COLUMNS, K_WARPS, SPAN (turns on their way), BLOCKS (at once on a processor).
+// x); G_BLOCKS, OUT_BLOCKS of the zero points; SCALES, ZEROS (types, 0 for none); SCALE_G, SCALE_OUT (blocks of
+// scales); COLUMNS, K_WARPS, SPAN (turns on their way), BLOCKS (at once on a processor).
 
 #include "codes.cuh"
 
 constexpr int OCTETS = UNIT_CODES / 8;
-static_assert(OUT_WARPS == 1, "all warps of a block share its outputs");
+static_assert(LANES == 8 && OUT_WARPS == 1, "rows of a product of tiles; all warps of a block share its outputs");
 // The input side is dealt out in whole groups, or else in as many turns of the four quads as are on their way.
 constexpr int TURNS = (UNITS + 3) / 4, PART_TURNS = GROUPED ? GROUP_CODES / UNIT_CODES / 4 : SPAN;
 constexpr int PARTS = (TURNS + PART_TURNS - 1) / PART_TURNS, PARTS_MOST = (PARTS + K_WARPS - 1) / K_WARPS;

@@ -22,6 +22,7 @@
 
 #include "codes.cuh"
 
+static_assert(LANES == 8, "rows of a product of tiles");
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
 constexpr int TURNS = (UNITS + 4 * SPAN - 1) / (4 * SPAN) * SPAN;
 constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (4 * SPAN) == 0;
@@ -32,13 +33,6 @@ constexpr int CELL = DIM * 2,
               STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
 constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? K_WARPS * OUT_WARPS * OUTS * 32 : 0;
 constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * 4 * UNIT_VALUES * 2 : 0;
-
-__device__ __forceinline__ unsigned two_halves(float low, float high) {
-  unsigned both;
-  if constexpr (BFLOAT) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
 
 __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                          unsigned b1) {
@@ -59,8 +53,8 @@ __device__ __forceinline__ void write_palettes(unsigned char* palettes, const De
   for (int i = lane; i < OUTS * 8; i += 32) {
     const int out = first_out + i / 8, part = i % 8;
     const float scale = decoder.scale(group, out);
-    const unsigned both = two_halves(decoder.entry(group, out, 0, 2 * part, 0) * scale,
-                                     decoder.entry(group, out, 0, 2 * part + 1, 0) * scale);
+    const unsigned both = two_halves<BFLOAT>(decoder.entry(group, out, 0, 2 * part, 0) * scale,
+                                             decoder.entry(group, out, 0, 2 * part + 1, 0) * scale);
     unsigned short* to = reinterpret_cast<unsigned short*>(palettes + i / 8 * 32) + part;
     to[0] = (unsigned short)__byte_perm(both, 0, 0x4420), to[8] = (unsigned short)__byte_perm(both, 0, 0x4431);
   }
@@ -87,8 +81,8 @@ __device__ __forceinline__ void write_table(unsigned char* table, const Decoder&
       const float scale = decoder.scale(0, 0, stage);
 #pragma unroll
       for (int j = 0; j < DIM / 2; ++j)
-        cell[j] = two_halves(decoder.entry(0, 0, stage, code, 2 * j) * scale,
-                             decoder.entry(0, 0, stage, code, 2 * j + 1) * scale);
+        cell[j] = two_halves<BFLOAT>(decoder.entry(0, 0, stage, code, 2 * j) * scale,
+                                     decoder.entry(0, 0, stage, code, 2 * j + 1) * scale);
     }
 #pragma unroll
     for (int copy = 0; copy < COPIES; ++copy) {
@@ -153,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           const unsigned code = code_at(s, column, 0, (chunk * 8 + 2 * i + j) * BITS, 0);
           two[j] = (__uint_as_float(0x4b000000 | code) - 8388608.f - zero) * step;
         }
-        values[i] = two_halves(two[0], two[1]);
+        values[i] = two_halves<BFLOAT>(two[0], two[1]);
       }
     } else if constexpr (PALETTE) {
       unsigned mine[UNIT_WORDS];
@@ -237,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
               for (int i = 0; i < 8; ++i) values[i] += x_value((unsigned short)(part[i / 2] >> i % 2 * 16));
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[column][i] = two_halves(values[2 * i], values[2 * i + 1]);
+            for (int i = 0; i < 4; ++i) a[column][i] = two_halves<BFLOAT>(values[2 * i], values[2 * i + 1]);
           }
         }
         write(unit, chunk, a);

@@ -6,35 +6,34 @@
 // If LANES, those with different outputs, are fewer than 32, the others have the same outputs, tables of their own and
 // another part of the input side.
 //
-// Values and x are float16 in there, scaled by powers of two: a palette to entries below 1, x to less than 2048 by its
-// largest value in a warp's part. At most eight products are added up in float16, and those sums in float32. The K_WARPS
-// of a block share the input side and add up at the end, in a fixed order.
+// Values and x are float16 in there, scaled by powers of two: a palette to entries below 1 (those below 2**-25 of the
+// largest count as zero), x to less than 2048 by its largest value in a warp's part. At most eight products are added
+// up in float16, and those sums in float32. The K_WARPS of a block share the input side and add up at the end, in a
+// fixed order.
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
-// ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES, K_WARPS,
-// SPAN (units on their way), BLOCKS (at once on a processor).
+// ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES,
+// K_WARPS, SPAN (units on their way), BLOCKS (at once on a processor). COLUMNS is 2; all else is as for one palette an
+// output.
 
 #include "codes.cuh"
 
 constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS, SHARES = 32 / LANES;
-constexpr int STRIDE = 256, TABLE_BYTES = PAIRS * STRIDE;  // bytes from a pair to the next
+constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);  // bytes from a pair to the next
+constexpr int TABLE_BYTES = PAIRS * STRIDE;
 constexpr int TURNS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN) * SPAN;
 constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES, X_READS = (MY_CODES + 255) / 256;
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
-constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;  // octets whose products are added up in float16
+// Eights of codes whose products are added up in float16: at most eight in each half of a register.
+constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;
 constexpr int STAGED = LEVELS * OUTS, RAW = (STAGED + THREADS - 1) / THREADS;
 constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a column
 static_assert(COLUMNS == 2 && OUT_WARPS == 1 && K_WARPS % 2 == 0, "all warps of a block share its outputs and tables");
+static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
 
-__device__ __forceinline__ unsigned two_halves(float low, float high) {
-  unsigned both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-// A power of two that brings sizes up to `most` below 2 ** (exponent - 127), and one divided by it.
+// A power of two that brings sizes up to `most` below 2 ** exponent, and one divided by it.
 __device__ __forceinline__ float2 power_for(float most, int exponent) {
-  const int moved = min(max(exponent + 126 - (int)(__float_as_uint(most) >> 23), 1), 253);
+  const int moved = min(max(exponent + 253 - (int)(__float_as_uint(most) >> 23), 1), 253);
   return make_float2(__uint_as_float(moved << 23), __uint_as_float((254 - moved) << 23));
 }
 
@@ -63,11 +62,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int i = 0; i < RAW; ++i) {
       const int item = threadIdx.x + i * THREADS, out = item / LEVELS, code = item % LEVELS;
       if (STAGED % THREADS == 0 || item < STAGED) {
-        float most = fabsf(raw[i]);
+        float most = isfinite(raw[i]) ? fabsf(raw[i]) : 0;
 #pragma unroll
         for (int far = 1; far < LEVELS; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
-        const float2 power = power_for(most, 127);
-        staged[code * OUTS + out % COLUMNS * LANES + out / COLUMNS] = (unsigned short)two_halves(raw[i] * power.x, 0);
+        const float2 power = power_for(most, 0);
+        staged[code * OUTS + out % COLUMNS * LANES + out / COLUMNS] =
+            (unsigned short)two_halves<false>(raw[i] * power.x, 0);
         if (code == 0) powers[out] = power.y;
       }
     }
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float x_power[ROWS];
 #pragma unroll
   for (int n = 0; n < ROWS; ++n) {
-    const float2 power = power_for(largest(my_x[n]), 138);
+    const float2 power = power_for(largest(my_x[n]), 11);
     x_power[n] = power.y;
 #pragma unroll
     for (int i = 0; i < X_READS; ++i) {
@@ -125,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       unsigned half[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        half[j] =
-            two_halves(x_value((unsigned short)two[j]) * power.x, x_value((unsigned short)(two[j] >> 16)) * power.x);
+        half[j] = two_halves<false>(x_value((unsigned short)two[j]) * power.x,
+                                    x_value((unsigned short)(two[j] >> 16)) * power.x);
       if (i * 256 + lane * 8 < MY_CODES)
         *reinterpret_cast<uint4*>(shared_x + n * X_ROW + warp * MY_CODES + i * 256 + lane * 8) =
             make_uint4(half[0], half[1], half[2], half[3]);
@@ -149,10 +149,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int two = 0; two < 4; ++two) {
           const int at = (octet * 8 + 2 * two) * BITS, i = at / 32, begin = at % 32;
-          constexpr int SHIFT = log2_of(STRIDE);
           const unsigned word = from[i][column];
           unsigned offset;
-          if constexpr (BITS == 4) {
+          if constexpr (BITS == 4) {  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
             offset = permuted(word, lane * 4, 0x7704 | begin / 8 << 4);
           } else {
             const unsigned moved = begin + 2 * BITS > 32 ? __funnelshift_r(word, from[i + 1][column], begin) << SHIFT
@@ -218,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float sum = totals[n][column][0] + totals[n][column][1];
 #pragma unroll
         for (int far = LANES; far < 32; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);
-        if (share == 0) sums[(warp * ROWS + n) * OUTS + out] = sum * x_power[n] * powers[i % 2 * OUTS + out];
+        if (share == 0) sums[(warp * ROWS + n) * OUTS + out] = sum * (x_power[n] * powers[i % 2 * OUTS + out]);
       }
     if (more) stage_palettes(powers + (i + 1) % 2 * OUTS);
     __syncthreads();
