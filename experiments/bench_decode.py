@@ -174,7 +174,7 @@ def measure(name: str, config: Config, console: Console) -> Row:
     cache = empty_cache(config.prompt + config.tokens, config.model)
     start, position = forward(params, cache, prompt, jnp.int32(0), config.model), jnp.int32(config.prompt)
     programs = {
-        count: decode.lower(params, *start, position, count=count, model=config.model).compile(AT_ONCE)
+        count: decode.lower(params, *start, position, count=count, model=config.model).compile(compiler_options=AT_ONCE)
         for count in (config.short, config.tokens)
     }
     seconds: dict[int, list[float]] = {count: [] for count in programs}
