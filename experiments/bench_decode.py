@@ -49,7 +49,7 @@ METHODS: dict[str, AbstractMethod | None] = {
 }
 REFERENCE = "bf16"
 # The programs of a token are one CUDA graph; by default XLA puts them into it one after the other.
-AT_ONCE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+AT_ONCE: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 Row = dict[str, Any]
 
 

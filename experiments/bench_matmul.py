@@ -329,8 +329,8 @@ def finding(rows: list[Row]) -> str:
     met = f"{sum(target['met'] for target in judged)} of {len(judged)} targets met"
     if not best:
         return met
-    speeds = [row["speed"] for row in best]
-    return f"4-bit palettes at one row are {min(speeds):.2f} to {max(speeds):.2f} times as fast as bf16; {met}"
+    speeds = sorted({f"{row['speed']:.2f}" for row in best}, key=float)
+    return f"4-bit palettes at one row are {' to '.join(speeds[:1] + speeds[1:][-1:])} times as fast as bf16; {met}"
 
 
 def draw(rows: list[Row], device: str, config: Config) -> matplotlib.figure.Figure:

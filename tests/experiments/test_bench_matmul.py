@@ -164,7 +164,9 @@ def test_targets_are_judged_and_told():
     ]
     assert rows[0]["targets"] == []
     found = bench_matmul.finding(rows)
-    assert found == "4-bit palettes at one row are 3.00 to 3.00 times as fast as bf16; 1 of 3 targets met"
+    assert found == "4-bit palettes at one row are 3.00 times as fast as bf16; 1 of 3 targets met"
+    slower, faster = rows[1] | {"speed": 0.5}, rows[1] | {"speed": 12.0}
+    assert "row are 0.50 to 12.00 times" in bench_matmul.finding([*rows, slower, faster])
     rows = [measured("bf16", 6.0), measured("palette4", 2.0, relative_error=0.001), measured("torchao-int4", 3.0)]
     bench_matmul.compare(rows, Case(64, 32, 1, 1, targets), TINY)
     assert [target["met"] for target in rows[1]["targets"]] == [True, False, True, True]

@@ -1,7 +1,8 @@
 // x @ w for a row or two of x and codes that stand for evenly spaced levels, by the integer matrix units.
 //
 // Codes are multiplied as they are. Every value of x is split into three digits of 7 bits, in columns of their own,
-// whose products and sums are exact. A row of ones gives the sum of x, which the zero point multiplies.
+// whose products and sums are exact; they lose some where all of x is below 1e-32. A row of ones gives the sum of x,
+// which the zero point multiplies.
 //
 // A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS neighbouring outputs. The four quads
 // take turns along the input side: each reads whole units, the fewest words that end where eight codes end. The K_WARPS
