@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxvq._pytree import pytree_dataclass, static
 from jaxvq.array import QuantizedArray, as_floats
 from jaxvq.ops import fused
+from jaxvq.ops.tiles import tile_count, tiled_product
 
 Weight = QuantizedArray | Shaped[Array, "_ _"]
 
@@ -126,6 +127,13 @@ def _reason(x: Any, w: Weight, transpose: bool) -> str | None:
     """Why no kernel serves, wherever the program will run; None where one does."""
     if not isinstance(w, QuantizedArray):
         return "`w` is not quantized"
+    rows = math.prod(x.shape[:-1])
+    form = _reason_of_form(x, w, transpose)
+    return form or (fused.reason(rows, x.shape[-1], x.dtype, w) if rows else "`x` has no rows")
+
+
+def _reason_of_form(x: Any, w: QuantizedArray, transpose: bool) -> str | None:
+    """Why the codes are not those of parts of the input side, one below the other; None where they are."""
     layout, needed = w.layout, 0 if transpose else 1
     if layout.out_axis != needed:
         return (
@@ -138,8 +146,7 @@ def _reason(x: Any, w: Weight, transpose: bool) -> str | None:
         return "the codes of `w` are packed along its outputs, as where there are few inputs"
     if any(_is_explicit(leaf) for leaf in jax.tree.leaves((x, w))):
         return "a mesh axis is Explicit; use Auto axes or jax.shard_map"
-    rows = math.prod(x.shape[:-1])
-    return fused.reason(rows, x.shape[-1], x.dtype, w) if rows else "`x` has no rows"
+    return None
 
 
 def _is_explicit(array: Any) -> bool:
@@ -164,8 +171,20 @@ class _Call:
 
 
 def _by_xla(x: Float[Array, "*batch a"], w: Weight, call: _Call) -> Float[Array, "*batch b"]:
-    axes = (x.ndim - 1,), (1 if call.transpose else 0,)
-    return lax.dot_general(x, as_floats(w, x.dtype), (axes, ((), ())), precision=call.precision)
+    def at_once(x: Array, w: Weight) -> Array:
+        axes = (x.ndim - 1,), (1 if call.transpose else 0,)
+        return lax.dot_general(x, as_floats(w, x.dtype), (axes, ((), ())), precision=call.precision)
+
+    def in_tiles(x: Array, w: Any) -> Array:
+        product = tiled_product(x.reshape(-1, x.shape[-1]), w, count=count, precision=call.precision)
+        return product.reshape(*x.shape[:-1], -1)
+
+    if not isinstance(w, QuantizedArray) or _reason_of_form(x, w, call.transpose) is not None:
+        return at_once(x, w)
+    count = tile_count(math.prod(x.shape[:-1]), w)
+    if count is None:
+        return at_once(x, w)
+    return lax.platform_dependent(x, w, cpu=in_tiles, default=at_once)
 
 
 # From here on the kernel's path, one of JAX's rules a function.
