@@ -329,8 +329,9 @@ def finding(rows: list[Row]) -> str:
     met = f"{sum(target['met'] for target in judged)} of {len(judged)} targets met"
     if not best:
         return met
-    speeds = sorted({f"{row['speed']:.2f}" for row in best}, key=float)
-    return f"4-bit palettes at one row are {' to '.join(speeds[:1] + speeds[1:][-1:])} times as fast as bf16; {met}"
+    least, most = (f"{way(row['speed'] for row in best):.2f}" for way in (min, max))
+    speeds = least if least == most else f"{least} to {most}"
+    return f"4-bit palettes at one row are {speeds} times as fast as bf16; {met}"
 
 
 def draw(rows: list[Row], device: str, config: Config) -> matplotlib.figure.Figure:

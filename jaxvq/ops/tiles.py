@@ -4,6 +4,7 @@ The tile is multiplied while it is in the cache, and its room is used again for 
 memory as a whole, which would take longer to write than all else.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,18 +13,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxvq.array import QuantizedArray
-from jaxvq.bits import WORD, PackedCodes, unpack
+from jaxvq.array import QuantizedArray, as_floats
+from jaxvq.bits import WORD
 
 TILE_VALUES = 2**19
 ROWS_MOST = 16  # with more, the product takes longer than decoding
 
 
 def tile_count(rows: int, w: QuantizedArray) -> int | None:
-    """How many tiles of the input side to decode for a product of so many rows; None where all at once is as well."""
+    """How many tiles of the input side to decode for a product of so many rows; None where all at once is as well.
+
+    The codes must follow each other along the input side.
+    """
     inputs, outs = w.layout.matrix_shape
     length = w.codes.length
-    if rows > ROWS_MOST or w.layout.along_out or w.codes.axis != 0 or length * w.layout.dim != inputs:
+    if rows > ROWS_MOST or length * w.layout.dim != inputs:
         return None
     least = -(-inputs * outs // TILE_VALUES)
     blocks = {leaf.shape[0] for leaf in jax.tree.leaves(w.decoder)} - {1}
@@ -42,7 +46,9 @@ def tiled_product(
     x: Float[Array, "n a"], w: QuantizedArray, *, count: int, precision: lax.PrecisionLike
 ) -> Float[Array, "n b"]:
     """`x` times the layout's matrix of `w`, which is decoded in `count` tiles; see `tile_count`."""
-    bits, length, words = w.codes.bits, w.codes.length // count, w.codes.words
+    inputs, outs = w.layout.matrix_shape
+    layout = dataclasses.replace(w.layout, shape=(inputs // count, outs), in_axis=0, out_axis=1)
+    sums = jnp.promote_types(x.dtype, jnp.float32)
 
     def parts_of(leaf: Array) -> Array:
         return leaf.reshape(count, -1, *leaf.shape[1:])
@@ -50,11 +56,10 @@ def tiled_product(
     def product(tile: tuple[Array, Array, Any]) -> Array:
         x, words, blocks = tile
         decoder = jax.tree.map(lambda leaf, own: leaf if own is None else own, w.decoder, blocks)
-        vectors = decoder.decode(unpack(PackedCodes(words, bits=bits, length=length)), bits)
-        matrix = vectors.transpose(0, 2, 1).reshape(x.shape[1], -1).astype(w.layout.dtype).astype(x.dtype)
-        return jnp.matmul(x, matrix, precision=precision, preferred_element_type=sums)
+        codes = dataclasses.replace(w.codes, words=words, length=w.codes.length // count)
+        weight = as_floats(QuantizedArray(codes, decoder, layout), x.dtype)
+        return jnp.matmul(x, weight, precision=precision, preferred_element_type=sums)
 
-    sums = jnp.promote_types(x.dtype, jnp.float32)
     blocks = jax.tree.map(lambda leaf: parts_of(leaf) if leaf.shape[0] > 1 else None, w.decoder)
-    inputs = x.reshape(x.shape[0], count, -1).transpose(1, 0, 2)
-    return lax.map(product, (inputs, parts_of(words), blocks)).sum(axis=0).astype(x.dtype)
+    parts_of_x = x.reshape(x.shape[0], count, -1).transpose(1, 0, 2)
+    return lax.map(product, (parts_of_x, parts_of(w.codes.words), blocks)).sum(axis=0).astype(x.dtype)

@@ -131,6 +131,16 @@ __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS]
   }
 }
 
+// The COUNT bits of a unit from bit `at` on, times 2**shift; `word` is the output's and stage's in each row.
+template <int COUNT>
+__device__ __forceinline__ unsigned field_of(const unsigned (&words)[UNIT_WORDS][LANE_WORDS], int word, int at,
+                                             int shift) {
+  const int i = at / 32, begin = at % 32;
+  const unsigned mask = ((1u << COUNT) - 1) << shift, first = words[i][word];
+  if (begin + COUNT > 32) return __funnelshift_r(first, words[i + 1][word], begin) << shift & mask;
+  return (begin >= shift ? first >> (begin - shift) : first << (shift - begin)) & mask;
+}
+
 // The bits of eight codes of one output.
 __device__ __forceinline__ unsigned bits_of(const unsigned (&words)[UNIT_WORDS], int at) {
   const int i = at / 32, begin = at % 32;

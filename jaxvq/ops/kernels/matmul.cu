@@ -125,15 +125,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad, out_of(block));
   };
 
-  // The code whose bits begin at bit `at` of the unit, times 2**shift.
-  auto code_at = [&](int s, int column, int stage, int at, int shift) -> unsigned {
-    const int i = at / 32, begin = at % 32;
-    const unsigned mask = ((1u << BITS) - 1) << shift, word = codes[s][i][column * STAGES + stage];
-    if (begin + BITS > 32)
-      return __funnelshift_r(word, codes[s][i + 1][column * STAGES + stage], begin) << shift & mask;
-    return (begin >= shift ? word >> (begin - shift) : word << (shift - begin)) & mask;
-  };
-
   // Eight values of one output, two to a register.
   auto decode = [&](int s, int chunk, int column, int stage, int group, unsigned (&values)[4]) {
     if constexpr (AFFINE) {
@@ -144,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float two[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const unsigned code = code_at(s, column, 0, (chunk * 8 + 2 * i + j) * BITS, 0);
+          const unsigned code = field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i + j) * BITS, 0);
           two[j] = (__uint_as_float(0x4b000000 | code) - 8388608.f - zero) * step;
         }
         values[i] = two_halves<BFLOAT>(two[0], two[1]);
@@ -177,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         unsigned offset;
         if constexpr (BITS == 8 && STRIDE == 256)
           offset = __byte_perm(codes[s][at / 32][column * STAGES + stage], copy, 0x7704 | at % 32 / 8 << 4);
-        else offset = code_at(s, column, stage, at, SHIFT) | copy;
+        else offset = field_of<BITS>(codes[s], column * STAGES + stage, at, SHIFT) | copy;
         const void* from = TABLE ? static_cast<const void*>(memory + stage * COPIES * CELL + offset)
                                  : static_cast<const char*>(vectors) +
                                        ((long long)stage * ENTRIES + min((int)offset, ENTRIES - 1)) * CELL;

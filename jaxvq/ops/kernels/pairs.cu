@@ -148,17 +148,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int column = 0; column < COLUMNS; ++column) {
 #pragma unroll
         for (int two = 0; two < 4; ++two) {
-          const int at = (octet * 8 + 2 * two) * BITS, i = at / 32, begin = at % 32;
-          const unsigned word = from[i][column];
+          const int at = (octet * 8 + 2 * two) * BITS;
           unsigned offset;
-          if constexpr (BITS == 4) {  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
-            offset = permuted(word, lane * 4, 0x7704 | begin / 8 << 4);
-          } else {
-            const unsigned moved = begin + 2 * BITS > 32 ? __funnelshift_r(word, from[i + 1][column], begin) << SHIFT
-                                   : begin >= SHIFT      ? word >> (begin - SHIFT)
-                                                         : word << (SHIFT - begin);
-            offset = (moved & (PAIRS - 1) << SHIFT) | lane * 4;
-          }
+          if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
+            offset = permuted(from[at / 32][column], lane * 4, 0x7704 | at % 32 / 8 << 4);
+          else offset = field_of<2 * BITS>(from, column, at, SHIFT) | lane * 4;
           const unsigned values = *reinterpret_cast<const unsigned*>(memory + column * 128 + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {
