@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Shaped
 
-ARCHITECTURE = "compute_80"  # the oldest that has every instruction used; drivers compile it for their chip
+# The oldest that have every instruction used, without and with clusters; drivers compile them for their chip.
+ARCHITECTURE, OF_CLUSTERS = "compute_80", "compute_90"
 SHARED_KIB = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "12.0": 99, "12.1": 99}  # that a block of threads can have
 SHARED_KIB_OF_OTHERS = 227  # as on an H100
 
@@ -35,18 +36,27 @@ def shared_nbytes() -> int:
 
     Without a GPU, as when a program is exported, those of an H100.
     """
+    major, capability = _capability()
+    return 1024 * SHARED_KIB.get(capability, SHARED_KIB_OF_OTHERS) if major >= 8 else 0
+
+
+def has_clusters() -> bool:
+    """Whether blocks of threads can read each other's shared memory on the GPU here; without one, as on an H100."""
+    return _capability()[0] >= 9
+
+
+def _capability() -> tuple[int, str]:
+    """(9, "9.0") and the like; those of an H100 without a GPU, (0, ...) for other makers' chips."""
     try:
         capability = str(jax.local_devices(backend="gpu")[0].compute_capability)
     except (RuntimeError, AttributeError):
-        return 1024 * SHARED_KIB_OF_OTHERS
+        capability = "9.0"
     major = capability.split(".")[0]
-    if not major.isdigit() or int(major) < 8:  # other makers' chips have names here
-        return 0
-    return 1024 * SHARED_KIB.get(capability, SHARED_KIB_OF_OTHERS)
+    return int(major) if major.isdigit() else 0, capability
 
 
 @functools.cache
-def assemble(name: str, constants: tuple[tuple[str, int], ...]) -> str:
+def assemble(name: str, constants: tuple[tuple[str, int], ...], architecture: str = ARCHITECTURE) -> str:
     """`kernels/<name>.cu` as PTX, the assembly that any later chip runs, with its open constants filled in.
 
     Raises:
@@ -56,7 +66,7 @@ def assemble(name: str, constants: tuple[tuple[str, int], ...]) -> str:
     files = importlib.resources.files("jaxvq.ops").joinpath("kernels")
     source = files.joinpath(f"{name}.cu").read_bytes()
     headers = [file for file in files.iterdir() if file.name.endswith(".cuh")]
-    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants)]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants)]
     _, program = nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), len(headers), *_texts(headers))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -86,6 +96,7 @@ def launch(
     blocks: int,
     threads: int,
     shared_nbytes: int = 0,
+    cluster: int = 1,
     overwrites: int | None = None,
 ) -> Any:
     """Runs the function `name` of `kernels/<name>.cu`.
@@ -101,11 +112,12 @@ def launch(
       blocks: of threads.
       threads: in each block.
       shared_nbytes: memory shared by the threads of a block, beside what the source declares.
+      cluster: blocks of one, as the source says; more than one where `has_clusters` allows.
       overwrites: the operand whose memory the one result takes, with what is in it.
     """
     aliases = None if overwrites is None else {overwrites: 0}
     call = jax.ffi.ffi_call("__gpu$xla.gpu.ptx", results, vmap_method="sequential", input_output_aliases=aliases)
     sizes = {"grid_x": blocks, "grid_y": 1, "grid_z": 1, "block_x": threads, "block_y": 1, "block_z": 1}
     numbers = {key: np.int32(value) for key, value in {**sizes, "shared_mem_bytes": shared_nbytes}.items()}
-    assembly = assemble(name, tuple(sorted(constants.items())))
+    assembly = assemble(name, tuple(sorted(constants.items())), OF_CLUSTERS if cluster > 1 else ARCHITECTURE)
     return call(*operands, name=name, kernel_type="ptx", kernel_data=assembly, **numbers)

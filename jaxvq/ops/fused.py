@@ -1,9 +1,10 @@
 """Products with quantized matrices by kernels for NVIDIA's chips (compute capability 8.0 and later).
 
 For one or two rows, palettes are looked up two codes at a time (`kernels/pairs.cu`) and evenly spaced levels go to the
-integer matrix units (`kernels/levels.cu`). Vectors, and up to 64 rows, go to the floating-point ones
-(`kernels/matmul.cu`). All read the codes where they are. For more rows the last kernel writes the weight out once, and
-XLA multiplies.
+integer matrix units (`kernels/levels.cu`). For one row, codes of vectors are looked up in tables of inner products with
+x (`kernels/products.cu`) where the weight is large enough. All else up to 64 rows goes to the floating-point matrix
+units (`kernels/matmul.cu`). All read the codes where they are. For more rows the last kernel writes the weight out
+once, and XLA multiplies.
 """
 
 import dataclasses
@@ -21,10 +22,19 @@ from jaxvq.ops import cuda
 
 TYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
+CLUSTERS = {
+    1: PROCESSORS,
+    2: 66,
+    4: 30,
+    8: 15,
+}  # of so many blocks that an H100 runs at once: some processors stay idle
 ROWS_FEW = 2  # rows of x that the kernels of palettes and of levels serve
 ROWS_SPLIT = 4
 ROWS_MOST = 64
 PALETTE_MOST = 16
+STARTING = 2000  # cycles until a table of inner products can be read, more than until vectors can
+MEETING, MEETING_OF_VECTORS = 3.5, 2.6  # lanes that read from one bank at most, where they read from random places
+WRITERS = 2 * PROCESSORS  # blocks that write a weight out
 TABLE_NBYTES = 65536  # a table of copies leaves room for a second block of threads
 
 
@@ -42,6 +52,7 @@ class Tiles:
       lanes: of a warp, that have different outputs.
       copies: of a table of vectors in shared memory; 0 leaves it in global memory.
       split: few rows of x wait in shared memory.
+      k_blocks: blocks that share the input side; where they add up, those of a cluster.
     """
 
     kernel: str
@@ -53,6 +64,7 @@ class Tiles:
     lanes: int = 8
     copies: int = 0
     split: bool = False
+    k_blocks: int = 1
 
     @property
     def outs(self) -> int:
@@ -182,7 +194,8 @@ def _reason_of_format(problem: Problem) -> str | None:
 def product(x: Float[Array, "n a"], w: QuantizedArray) -> Float[Array, "n b"]:
     """`x @ w` where `reason` has nothing against it, rounded to the dtype of `x`.
 
-    Sums are float32; those of palettes at one or two rows are of sums of eight products in float16.
+    Sums are float32. At few rows those of palettes are of sums of eight products in float16, and those of vectors of
+    sums of eight inner products.
     """
     problem = Problem(x.shape[0], x.shape[1], x.dtype, w)
     tiles = choose(problem)
@@ -195,8 +208,9 @@ def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
     """The weight as the layout's matrix, rounded to `dtype`."""
     inputs = w.layout.matrix_shape[0]
     problem = Problem(1, inputs, jnp.dtype(dtype), w, expand=True)
-    tiles = _by_floats(problem)
-    return _launch(problem, tiles, jnp.zeros((), dtype), jax.ShapeDtypeStruct((inputs, problem.outputs), dtype))
+    return _launch(
+        problem, _by_writing(problem), jnp.zeros((), dtype), jax.ShapeDtypeStruct((inputs, problem.outputs), dtype)
+    )
 
 
 def choose(problem: Problem) -> Tiles | None:
@@ -207,6 +221,8 @@ def choose(problem: Problem) -> Tiles | None:
             ways.append(_by_integers)
         elif problem.groups == 1:
             ways.append(_by_pairs)
+    if problem.rows == 1 and _is_worth_tables(problem):
+        ways.append(_by_products)
     if problem.rows <= ROWS_MOST:
         ways.append(_by_floats)
     every = (way(problem) for way in ways)
@@ -249,6 +265,53 @@ def _with_room(tiles: Tiles, nbytes: int) -> Tiles:
     return tiles if tiles.blocks * (nbytes + 1024) <= cuda.shared_nbytes() else dataclasses.replace(tiles, blocks=1)
 
 
+def _units(problem: Problem) -> int:
+    """Along the input side."""
+    return math.ceil(word_count(problem.w.codes.length, problem.bits) / problem.unit[0])
+
+
+def _units_of_table(problem: Problem) -> int:
+    """Units whose inner products with all vectors have room in shared memory; at most one for each lane."""
+    nbytes = 2 * problem.unit[1] * problem.stages * 2**problem.bits
+    units = 32
+    while units * nbytes > cuda.shared_nbytes() * 3 // 5:
+        units //= 2
+    return units
+
+
+def _cluster(problem: Problem) -> int:
+    """Blocks that share the input side of a product by tables; no more than tables are needed for it."""
+    tables = math.ceil(_units(problem) / _units_of_table(problem))
+    most = min(max(CLUSTERS), tables) if cuda.has_clusters() else 1
+    return 2 ** (most.bit_length() - 1)
+
+
+def _is_worth_tables(problem: Problem) -> bool:
+    """Whether `kernels/products.cu` can serve and waits less for shared memory than `kernels/matmul.cu`.
+
+    Counted in cycles of a processor, in each of which it reads or writes 128 bytes. Vectors are read in `dim * 2` bytes
+    and numbers in four; lanes that read from places of their own never meet in a bank.
+    """
+    units = _units_of_table(problem)
+    if problem.dim < 4 or problem.bits < (4 if units == 32 else 6) or units == 0 or units * problem.unit[1] % 16 != 0:
+        return False
+    codes = problem.w.codes.length * problem.stages
+    reads = codes * problem.outputs / 32 / PROCESSORS  # of a number for each lane
+    tables = codes * 2**problem.bits / 64 / _cluster(problem) + reads * (1 if units == 32 else MEETING)
+    vectors = reads * problem.dim / 2 * (1 if _copies(problem) * problem.dim == 64 else MEETING_OF_VECTORS)
+    return tables + STARTING < vectors
+
+
+def _by_products(problem: Problem) -> Tiles:
+    """Tiles for `kernels/products.cu`: columns that make turns few and full, and as many on their way as have room."""
+    lanes, cluster = 32 // _units_of_table(problem), _cluster(problem)
+    ways = [
+        Tiles("products", columns, 1, 16, span, 1, lanes, k_blocks=cluster) for columns in (8, 4, 2) for span in (3, 2)
+    ]
+    fit = [way for way in ways if products_nbytes(problem, way) <= cuda.shared_nbytes()]
+    return min(fit or ways[-1:], key=lambda tiles: _takes(problem, tiles) * (tiles.columns + 4))
+
+
 def _by_floats(problem: Problem) -> Tiles:
     """Tiles for `kernels/matmul.cu`: the most copies of its table for which there is room."""
     span = 1 if problem.unit[0] * problem.stages > 1 else 4 if problem.dim == 1 else 2
@@ -256,8 +319,8 @@ def _by_floats(problem: Problem) -> Tiles:
         span = math.gcd(span, problem.group_turns)
     many = problem.outputs >= 64 * PROCESSORS
     k_warps, out_warps = 8, 1
-    if many and (problem.expand or problem.rows > ROWS_SPLIT):
-        k_warps, out_warps = (2, 4) if problem.expand or problem.rows > 16 else (4, 2)
+    if many and problem.rows > ROWS_SPLIT:
+        k_warps, out_warps = (2, 4) if problem.rows > 16 else (4, 2)
     blocks = 1 if problem.rows > 16 else 2
     tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, copies=_copies(problem))
     splits = [True, False] if problem.rows <= ROWS_SPLIT else [False]
@@ -266,6 +329,17 @@ def _by_floats(problem: Problem) -> Tiles:
     fit = (way for way in ways if matmul_nbytes(problem, way) <= cuda.shared_nbytes())
     tiles = next(fit, ways[-1])
     return _with_room(tiles, matmul_nbytes(problem, tiles))
+
+
+def _by_writing(problem: Problem) -> Tiles:
+    """Tiles for `kernels/matmul.cu` where it writes the weight out: a warp writes outputs that lie side by side."""
+    span = 1 if problem.unit[0] * problem.stages > 1 else 4
+    if problem.groups > 1:
+        span = math.gcd(span, problem.w.codes.length // problem.groups // problem.unit[1])
+    tiles = Tiles("matmul", 4, 8, 1, span, 2, 32, _copies(problem))
+    parts, turns = math.ceil(problem.outputs / tiles.outs), math.ceil(_units(problem) / span)
+    k_blocks = max(1, min(math.ceil(WRITERS / parts), turns // tiles.k_warps))
+    return _with_room(dataclasses.replace(tiles, k_blocks=k_blocks), matmul_nbytes(problem, tiles))
 
 
 def _copies(problem: Problem) -> int:
@@ -286,7 +360,8 @@ def _table_nbytes(problem: Problem) -> int:
 
 def nbytes_of(problem: Problem, tiles: Tiles) -> int:
     """Shared memory of a block of threads."""
-    return {"pairs": pairs_nbytes, "levels": levels_nbytes, "matmul": matmul_nbytes}[tiles.kernel](problem, tiles)
+    sizes = {"pairs": pairs_nbytes, "levels": levels_nbytes, "products": products_nbytes, "matmul": matmul_nbytes}
+    return sizes[tiles.kernel](problem, tiles)
 
 
 def levels_nbytes(problem: Problem, tiles: Tiles) -> int:
@@ -306,11 +381,29 @@ def pairs_nbytes(problem: Problem, tiles: Tiles) -> int:
     return 256 * levels**2 + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
 
 
+def products_nbytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of a block of `kernels/products.cu`: its table, words on their way, x, sums, largest values."""
+    words, codes = problem.unit
+    units = 32 // tiles.lanes
+    slots, phases = units * codes, math.ceil(_units(problem) / (units * tiles.k_blocks))
+    row = 4 * tiles.lanes * tiles.columns * problem.stages
+    part = units * words * (row + (16 if row < 128 and row % 32 == 0 else 0))
+    table = 2 * slots * 2**problem.bits * problem.stages
+    ring = tiles.span * tiles.out_warps * math.ceil(part / 16) * 16
+    return table + ring + 16 * phases * slots + 4 * _takes(problem, tiles) * tiles.outs + 8 * tiles.out_warps
+
+
+def _takes(problem: Problem, tiles: Tiles) -> int:
+    """Parts of the outputs that each block, or cluster of them, takes in turn."""
+    at_once = PROCESSORS if problem.expand else CLUSTERS[tiles.k_blocks]
+    return math.ceil(math.ceil(problem.outputs / tiles.outs) / (at_once * tiles.blocks))
+
+
 def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
     """Shared memory of a block of `kernels/matmul.cu`: its table or palettes, few rows of x, the sums."""
     tables = _table_nbytes(problem) * tiles.copies
     if problem.dim == 1 and problem.parts[0] is not None:
-        tables = tiles.k_warps * tiles.outs * 32
+        tables = (tiles.k_warps if problem.groups > 1 else 1) * tiles.outs * 32
     if problem.expand:
         return tables
     turns = math.ceil(problem.turns / tiles.span) * tiles.span
@@ -320,26 +413,27 @@ def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
 
 def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStruct) -> Array:
     vectors, scale, zero = problem.parts
-    if problem.dim > 1 and tiles.copies == 0:  # looked up as they are
+    if tiles.kernel == "matmul" and problem.dim > 1 and tiles.copies == 0:  # looked up as they are
         assert vectors is not None
         units = 1 if scale is None else scale.astype(jnp.float32)
         vectors, scale = (vectors.astype(jnp.float32) * units).astype(problem.dtype), None
-    parts = vectors, scale, zero
-    operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in parts)
-    blocks = -(-problem.outputs // tiles.outs)
+    decoder = vectors, scale, zero
+    operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in decoder)
+    parts = math.ceil(problem.outputs / tiles.outs)
     launch = {
-        "blocks": -(-blocks // -(-blocks // (PROCESSORS * tiles.blocks))),  # the fewest that take no longer
+        "blocks": tiles.k_blocks * math.ceil(parts / _takes(problem, tiles)),  # the fewest that take no longer
         "threads": 32 * tiles.k_warps * tiles.out_warps,
         "shared_nbytes": nbytes_of(problem, tiles),
+        "cluster": 1 if problem.expand else tiles.k_blocks,
     }
-    return cuda.launch(tiles.kernel, _constants(problem, tiles, parts), result, *operands, **launch)
+    return cuda.launch(tiles.kernel, _constants(problem, tiles, decoder), result, *operands, **launch)
 
 
-def _constants(problem: Problem, tiles: Tiles, parts: tuple[Array | None, ...]) -> dict[str, int]:
+def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]) -> dict[str, int]:
     table, scales = problem.blocks
     vectors, _, _ = problem.parts
-    types = [0 if part is None else TYPES[part.dtype.name] for part in parts]
-    if parts[1] is None:
+    types = [0 if part is None else TYPES[part.dtype.name] for part in decoder]
+    if decoder[1] is None:
         scales = 1, 1, 1
     return {
         "ROWS": problem.rows,
@@ -365,4 +459,6 @@ def _constants(problem: Problem, tiles: Tiles, parts: tuple[Array | None, ...]) 
         "SPAN": tiles.span,
         "BLOCKS": tiles.blocks,
         "SPLIT": int(tiles.split),
+        "K_BLOCKS": tiles.k_blocks,
+        "TAKES": _takes(problem, tiles),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxvq.array import combine, partition
+from jaxvq.bits import unpack
 from jaxvq.ops import cuda, fused
 from jaxvq.ops.matmul import matmul
 from tests.ops.matmul_cases import FORMATS, PALETTES, ROWS, SHAPES, VECTORS, inputs, relative_error, weight
@@ -56,11 +58,60 @@ def test_products_have_the_digits_of_their_dtype(name, shape):
 def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
     """As if there were one processor, which takes turns like those of a large GPU with large weights."""
     monkeypatch.setattr(fused, "PROCESSORS", 1)
+    monkeypatch.setattr(fused, "CLUSTERS", {1: 1})
     w = weight(name, shape)
     for rows in (1, 2, 16) if fused.reason(1, shape[0], jnp.bfloat16, w) is None else ():
         x = inputs(rows, shape[0], "bfloat16")
         poison()
         assert digits_lost(jax.jit(functools.partial(matmul, backend="cuda"))(x, w), x, w) < 4e-3, rows
+
+
+TABLES = ["2 x 8 bits, d=8", "1 x 12 bits, d=8", "3 x 6 bits, d=4, int8", "4 x 4 bits, d=8", "1 x 5 bits, d=4"]
+TABLES += ["2 x 7 bits, d=4, 100 entries", "1 x 11 bits, d=8"]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """As if tables of inner products were ready at once, so that small weights have them too."""
+    monkeypatch.setattr(fused, "STARTING", -math.inf)
+
+
+def by_table(x, w):
+    problem = fused.Problem(x.shape[0], x.shape[1], x.dtype, w)
+    assert fused.choose(problem).kernel == "products"
+    poison()
+    return jax.jit(functools.partial(matmul, backend="cuda"))(x, w)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:-1], (4096, 1024), (4352, 196), (1008, 301)], ids=str)
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_inner_products(name, shape, tables, monkeypatch):
+    w = weight(name, shape)
+    for dtype, most in MOST.items():
+        x = inputs(1, shape[0], dtype)
+        assert digits_lost(by_table(x, w), x, w) < most, dtype
+    monkeypatch.setattr(fused, "CLUSTERS", {1: 1, 2: 1, 4: 1, 8: 1})  # takes turns like those of large weights
+    assert digits_lost(by_table(x, w), x, w) < most
+    monkeypatch.setattr(cuda, "has_clusters", lambda: False)
+    assert digits_lost(by_table(x, w), x, w) < most
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20, 1e35])
+@pytest.mark.parametrize("name", TABLES[:2])
+def test_tables_of_very_small_and_large_inner_products(name, scale, tables):
+    w, x = weight(name, (1024, 96)), (inputs(1, 1024, "float32") * scale).astype(jnp.bfloat16)
+    got, plain = np.asarray(by_table(x, w), np.float64), expected(x, w)
+    assert np.abs(got - plain).max() <= 4e-3 * np.abs(plain).max() + 1e-37
+
+
+@pytest.mark.parametrize("name", TABLES[:2])
+def test_what_is_not_finite_shows_in_tables_where_it_is_used(name, tables):
+    w, x = weight(name, (1000, 77)), inputs(1, 1000, "bfloat16")
+    assert not np.isfinite(np.asarray(by_table(x.at[0, 3].set(jnp.nan), w), "f")).any()
+    used = np.asarray((unpack(w.codes) == 5)[..., 0].any(axis=0))
+    for value in (jnp.nan, jnp.inf):
+        spoilt = jax.tree.map(lambda leaf, value=value: leaf.at[..., 0, 5, 2].set(value) if leaf.ndim == 5 else leaf, w)
+        np.testing.assert_array_equal(np.isfinite(np.asarray(by_table(x, spoilt), "f"))[0], ~used)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -33,7 +33,7 @@ def lowered(name, platform):
 @pytest.fixture
 def fake_compiler(monkeypatch):
     monkeypatch.setattr(cuda, "compiler", lambda: "a compiler")
-    monkeypatch.setattr(cuda, "assemble", lambda name, constants: f"the assembly of {name}")
+    monkeypatch.setattr(cuda, "assemble", lambda name, *_: f"the assembly of {name}")
     yield
     jax.clear_caches()
 
@@ -67,14 +67,21 @@ def test_without_the_compiler_nothing_is_supported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "nearest_runs", "palette_runs"),
-    [("7.5", False, (False, False)), ("8.6", True, (True, False)), ("9.0", True, (True, True))],
+    ("capability", "nearest_runs", "palette_runs", "clusters"),
+    [
+        ("7.5", False, (False, False), False),
+        ("8.6", True, (True, False), False),
+        ("9.0", True, (True, True), True),
+        ("12.0", True, (True, False), True),
+        ("gfx942", False, (False, False), False),
+    ],
 )
-def test_what_a_chip_can_do(capability, nearest_runs, palette_runs, fake_compiler, monkeypatch):
+def test_what_a_chip_can_do(capability, nearest_runs, palette_runs, clusters, fake_compiler, monkeypatch):
     chip = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [chip])
     monkeypatch.setattr(cuda, "shared_nbytes", cuda.shared_nbytes.__wrapped__)
     assert clustering.supports_nearest(8, exact=True) == nearest_runs
+    assert cuda.has_clusters() == clusters
     assert (clustering.supports_palettes(16, 256), clustering.supports_palettes(256, 4096)) == palette_runs
 
 

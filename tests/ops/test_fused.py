@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.resources
+import math
 import shutil
 import types
 
@@ -23,7 +24,7 @@ from jaxvq.layout import Layout
 from jaxvq.ops import cuda, fused
 from jaxvq.ops.matmul import matmul, supports
 from tests.ops.matmul_by_hand import gradients_by_hand, weight_by_hand
-from tests.ops.matmul_cases import FORMATS, ROWS, SHAPES, described, inputs, relative_error, weight
+from tests.ops.matmul_cases import FORMATS, ROWS, SHAPES, VECTORS, described, inputs, relative_error, weight
 
 H100, RTX_4090 = 227 * 1024, 99 * 1024  # shared memory that a block of threads can have
 LARGE = [(1000, 77), (4096, 14336), (28672, 8192), (200_000, 40)]
@@ -40,7 +41,7 @@ def forget():
 @pytest.fixture
 def fake_compiler(monkeypatch):
     monkeypatch.setattr(cuda, "compiler", lambda: "a compiler")
-    monkeypatch.setattr(cuda, "assemble", lambda name, constants: f"the assembly of {name}")
+    monkeypatch.setattr(cuda, "assemble", lambda name, *_: f"the assembly of {name}")
     monkeypatch.setattr(cuda, "shared_nbytes", lambda: H100)
     forget()
     yield
@@ -194,28 +195,47 @@ def test_every_format_is_served_by_one_kernel(name, shape, fake_compiler, launch
     look_at(name, shape, look)
 
 
+SMALL, LARGER = (1024, 96), (4096, 14336)
 KERNELS = {
-    ("4-bit palettes", 1): "pairs",
-    ("4-bit int8 palettes", 2): "pairs",
-    ("1-bit palettes", 2): "pairs",
-    ("4-bit palettes", 3): "matmul",
-    ("4-bit palettes of groups", 1): "matmul",
-    ("4 bits", 1): "levels",
-    ("8 bits, symmetric groups", 2): "levels",
-    ("4 bits", 3): "matmul",
-    ("2 x 8 bits, d=8", 1): "matmul",
-    ("4 bits", 64): "matmul",
+    ("4-bit palettes", SMALL, 1): "pairs",
+    ("4-bit int8 palettes", SMALL, 2): "pairs",
+    ("1-bit palettes", SMALL, 2): "pairs",
+    ("4-bit palettes", SMALL, 3): "matmul",
+    ("4-bit palettes of groups", SMALL, 1): "matmul",
+    ("4 bits", SMALL, 1): "levels",
+    ("8 bits, symmetric groups", SMALL, 2): "levels",
+    ("4 bits", SMALL, 3): "matmul",
+    ("4 bits", SMALL, 64): "matmul",
+    ("2 x 8 bits, d=8", SMALL, 1): "matmul",
+    ("2 x 8 bits, d=8", LARGER, 1): "products",
+    ("2 x 8 bits, d=8", LARGER, 2): "matmul",
+    ("4 x 4 bits, d=8", LARGER, 1): "products",
+    ("1 x 12 bits, d=8", LARGER, 1): "products",
+    ("1 x 12 bits, d=8", (4096, 4096), 1): "matmul",
+    ("1 x 16 bits, d=8", LARGER, 1): "matmul",
+    ("1 x 8 bits, d=2", LARGER, 1): "matmul",
 }
 
 
-@pytest.mark.parametrize(("name", "rows"), KERNELS)
-def test_which_kernel_serves(name, rows, fake_compiler, launches):
+@pytest.mark.parametrize(("name", "shape", "rows"), KERNELS)
+def test_which_kernel_serves(name, shape, rows, fake_compiler, launches):
     def look(w):
         launch = launched(launches, rows, w)
-        assert (launch.name, launch.constants["EXPAND"]) == (KERNELS[name, rows], 0)
+        assert (launch.name, launch.constants["EXPAND"]) == (KERNELS[name, shape, rows], 0)
+        assert (launch.cluster > 1) == (launch.name == "products")
         assert launched(launches, 65, w).constants["EXPAND"] == 1
 
-    look_at(name, (1024, 96), look)
+    look_at(name, shape, look)
+
+
+def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
+    monkeypatch.setattr(cuda, "has_clusters", lambda: False)
+
+    def look(w):
+        launch = launched(launches, 1, w)
+        assert (launch.name, launch.cluster, launch.constants["K_BLOCKS"]) == ("products", 1, 1)
+
+    look_at("2 x 8 bits, d=8", LARGER, look)
 
 
 @pytest.mark.parametrize("memory", [H100, RTX_4090])
@@ -241,19 +261,23 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
         look_at(name, shape, look)
 
 
-SIZES = [((1000, 77), 0), ((1024, 96), 1), ((4096, 14336), 2), ((1000, 77), 3), ((4096, 14336), 16)]
+SIZES = [((1000, 77), 0), ((1000, 77), 1), ((4096, 14336), 1), ((4096, 14336), 2), ((1000, 77), 3), ((4096, 14336), 16)]
 SHARED = {
     "pairs": "TABLE_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
     "levels": "8 * (GROUPED ? K_WARPS : 2) * OUTS + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
+    "products": "TABLE_BYTES + SPAN * PART_BYTES * WARPS + 16 * PHASES * SLOTS + 4 * TAKES * BLOCK_OUTS + 8 * WARPS",
     "matmul": "TABLE_BYTES + X_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * BLOCK_OUTS)",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(cuda.compiler() is None, reason="NVRTC is not installed")
-@every_format
-def test_kernels_compile_and_use_the_memory_they_are_given(name, launches, monkeypatch, tmp_path):
-    """They are compiled with a line more, which compares."""
+@pytest.mark.parametrize(
+    ("name", "starting"), [*((name, fused.STARTING) for name in FORMATS), *((name, -math.inf) for name in VECTORS)]
+)
+def test_kernels_compile_and_use_the_memory_they_are_given(name, starting, launches, monkeypatch, tmp_path):
+    """They are compiled with a line more, which compares; vectors also as if tables were ready at once."""
+    monkeypatch.setattr(fused, "STARTING", starting)
     kernels = shutil.copytree(str(importlib.resources.files("jaxvq.ops").joinpath("kernels")), tmp_path / "kernels")
     for kernel, nbytes in SHARED.items():
         with (kernels / f"{kernel}.cu").open("a") as file:
@@ -263,7 +287,8 @@ def test_kernels_compile_and_use_the_memory_they_are_given(name, launches, monke
     def look(w, rows):
         launch = launched(launches, rows, w)
         constants = {**launch.constants, "SHARED_NBYTES": launch.shared_nbytes}
-        assembly = cuda.assemble.__wrapped__(launch.name, tuple(sorted(constants.items())))
+        architecture = cuda.OF_CLUSTERS if launch.cluster > 1 else cuda.ARCHITECTURE
+        assembly = cuda.assemble.__wrapped__(launch.name, tuple(sorted(constants.items())), architecture)
         assert f".entry {launch.name}(" in assembly
 
     for shape, rows in SIZES:

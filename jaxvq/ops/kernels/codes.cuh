@@ -20,6 +20,7 @@ constexpr int FINEST = G_BLOCKS > SCALE_G ? G_BLOCKS : SCALE_G;  // groups of th
 constexpr bool GROUPED = FINEST > 1;
 constexpr int GROUP_CODES = LENGTH / FINEST;
 constexpr int THREADS = K_WARPS * OUT_WARPS * 32;
+constexpr int SHARES = 32 / LANES;  // lanes with the same outputs, which take turns along the input side
 constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a warp, of a block of threads
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 constexpr int LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
@@ -59,6 +60,21 @@ __device__ __forceinline__ unsigned two_halves(float low, float high) {
   return both;
 }
 
+// The two float16 of a register.
+__device__ __forceinline__ float2 two_floats(unsigned halves) {
+  float2 both;
+  asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+      : "=f"(both.x), "=f"(both.y)
+      : "r"(halves));
+  return both;
+}
+
+// A power of two that brings sizes up to `most` below 2 ** exponent, and one divided by it.
+__device__ __forceinline__ float2 power_for(float most, int exponent) {
+  const int moved = min(max(exponent + 253 - (int)(__float_as_uint(most) >> 23), 1), 253);
+  return make_float2(__uint_as_float(moved << 23), __uint_as_float((254 - moved) << 23));
+}
+
 __device__ __forceinline__ unsigned permuted(unsigned low, unsigned high, unsigned selectors) {
   unsigned bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
@@ -96,7 +112,7 @@ __device__ __forceinline__ float largest(const uint4 (&values)[N]) {
 
 // The words of one unit of COLUMNS neighbouring outputs.
 constexpr int LANE_WORDS = COLUMNS * STAGES;
-constexpr long long NEXT_TURN = 4LL * UNIT_WORDS * OUTPUTS * STAGES;  // words from a unit to the quad's next
+constexpr long long NEXT_TURN = (long long)SHARES * UNIT_WORDS * OUTPUTS * STAGES;  // words to a lane's next unit
 
 // Where the unit `unit` of the outputs from `out` on begins.
 __device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int unit, int out) {
@@ -180,6 +196,19 @@ struct Decoder {
   __device__ __forceinline__ float entry(int group, int out, int stage, int code, int j) const {
     const long long table = block(group, out, G_BLOCKS, OUT_BLOCKS) * STAGES + stage;
     return number<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
+  }
+  // Values `j` and `j + 1` of a vector of the one codebook, with the stage's scale.
+  __device__ __forceinline__ float2 two_values(int stage, int code, int j) const {
+    const float by = scale(0, 0, stage);
+    if constexpr (VECTORS == BFLOAT16 || VECTORS == FLOAT16) {
+      const long long at = ((long long)stage * ENTRIES + min(code, ENTRIES - 1)) * DIM + j;
+      const unsigned two = __ldg(static_cast<const unsigned*>(vectors) + at / 2);
+      if constexpr (VECTORS == BFLOAT16)
+        return make_float2(__uint_as_float(two << 16) * by, __uint_as_float(two & 0xffff0000) * by);
+      const float2 both = two_floats(two);
+      return make_float2(both.x * by, both.y * by);
+    }
+    return make_float2(entry(0, 0, stage, code, j) * by, entry(0, 0, stage, code, j + 1) * by);
   }
 };
 

@@ -13,26 +13,27 @@
 // Palettes of 16 values are looked up in eight registers, a byte at a time. Vectors are looked up in shared memory, in
 // as many COPIES as let lanes read without waiting for each other, or in global memory (no copies).
 //
-// The K_WARPS of a block share the input side and add up at the end, in a fixed order.
+// The K_WARPS of a block share the input side and add up at the end, in a fixed order. With EXPAND nothing is added up:
+// K_BLOCKS share the input side, and each of the 32 lanes has outputs of its own, so that a warp writes long rows.
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit
 // type of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0
 // for none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
-// their way), BLOCKS (at once on a processor), SPLIT, EXPAND.
+// their way), BLOCKS (at once on a processor), SPLIT, EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it.
 
 #include "codes.cuh"
 
-static_assert(LANES == 8, "rows of a product of tiles");
+static_assert(EXPAND || (LANES == 8 && K_BLOCKS == 1), "a product of tiles has 8 rows, and a block adds up");
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
-constexpr int TURNS = (UNITS + 4 * SPAN - 1) / (4 * SPAN) * SPAN;
-constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (4 * SPAN) == 0;
+constexpr int TURNS = (UNITS + SHARES * SPAN - 1) / (SHARES * SPAN) * SPAN;
+constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (SHARES * SPAN) == 0;
 constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : (COLUMNS + 1) / 2;
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int LANES_APART = COPIES > 0 ? COPIES : 1;  // lanes that read copies of their own
 constexpr int CELL = DIM * 2,
               STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
-constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? K_WARPS * OUT_WARPS * OUTS * 32 : 0;
-constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * 4 * UNIT_VALUES * 2 : 0;
+constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? (GROUPED ? K_WARPS : 1) * BLOCK_OUTS * 32 : 0;
+constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * SHARES * UNIT_VALUES * 2 : 0;
 
 __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                          unsigned b1) {
@@ -46,11 +47,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Writes a warp's palettes: for each output the lower bytes of sixteen 16-bit floats, then the upper ones.
+// Writes the palettes of COUNT outputs, shared out among `threads`: for each output the lower bytes of sixteen 16-bit
+// floats, then the upper ones.
+template <int COUNT>
 __device__ __forceinline__ void write_palettes(unsigned char* palettes, const Decoder& decoder, int group,
-                                               int first_out, int lane) {
+                                               int first_out, int thread, int threads) {
 #pragma unroll 2
-  for (int i = lane; i < OUTS * 8; i += 32) {
+  for (int i = thread; i < COUNT * 8; i += threads) {
     const int out = first_out + i / 8, part = i % 8;
     const float scale = decoder.scale(group, out);
     const unsigned both = two_halves<BFLOAT>(decoder.entry(group, out, 0, 2 * part, 0) * scale,
@@ -99,9 +102,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Decoder decoder{vectors, scales, zeros};
-  const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4;
+  const int lane = threadIdx.x % 32, quad = lane % SHARES, row = lane / SHARES;
   const int warp = threadIdx.x / 32, k_warp = warp % K_WARPS, out_warp = OUT_WARPS == 1 ? 0 : warp / K_WARPS;
-  unsigned char* palettes = memory + warp * OUTS * 32;
+  // Blocks that run at the same time write neighbouring outputs of the same inputs.
+  const int blocks = gridDim.x / K_BLOCKS, first_block = blockIdx.x % blocks;
+  const int sharer = blockIdx.x / blocks * K_WARPS + k_warp;
+  unsigned char* palettes = memory + (GROUPED ? warp : out_warp) * OUTS * 32;
   unsigned char* shared_x = memory + TABLE_BYTES;
   float* shared_sums = reinterpret_cast<float*>(shared_x + X_BYTES);
 
@@ -110,19 +116,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   unsigned entries[COLUMNS][4 * WIDE + 4];
   int first_out = 0;
 
-  constexpr int X_ROW = TURNS * 4 * UNIT_VALUES;
+  constexpr int X_ROW = TURNS * SHARES * UNIT_VALUES;
   const unsigned char* my_x = shared_x + min(row / 2, ROWS - 1) * X_ROW * 2 + row % 2 * 8;
 
   // Beyond the rows of x and the outputs anything may be read, since it ends up in sums that nobody asks for.
   // This warp's turns: whole groups, or else as many as are on their way.
-  constexpr int PART_TURNS = PALETTE && GROUPED ? GROUP_CODES / UNIT_CODES / 4 : SPAN;
+  constexpr int PART_TURNS = PALETTE && GROUPED ? GROUP_CODES / UNIT_CODES / SHARES : SPAN;
   static_assert(PART_TURNS % SPAN == 0, "a group must end where a span ends");
-  constexpr long long NEXT_PART = ((K_WARPS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
+  constexpr int SHARERS = K_BLOCKS * K_WARPS;
+  constexpr long long NEXT_PART = ((SHARERS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
   const unsigned* from;
   auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS; };
-  auto start_of = [&](int block) { return unit_at(words, k_warp * PART_TURNS * 4 + quad, out_of(block)); };
+  auto start_of = [&](int block) { return unit_at(words, sharer * PART_TURNS * SHARES + quad, out_of(block)); };
   auto read = [&](int s, int turn, int block) {
-    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * 4 + quad, out_of(block));
+    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * SHARES + quad, out_of(block));
   };
 
   // Eight values of one output, two to a register.
@@ -190,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       unsigned short* to = y + (long long)(input + i) * OUTPUTS + out;
-      if (input + i >= INPUTS || out >= OUTPUTS) continue;
+      if ((!EXACT && input + i >= INPUTS) || (OUTPUTS % BLOCK_OUTS != 0 && out >= OUTPUTS)) continue;
       if constexpr (OUTPUTS % COLUMNS == 0 && COLUMNS == 4) {
         const int pick = i % 2 ? 0x7632 : 0x5410;
         *reinterpret_cast<uint2*>(to) =
@@ -204,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 
   auto use = [&](int s, int turn) {
-    const int unit = turn * 4 + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
+    const int unit = turn * SHARES + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
 #pragma unroll
     for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
       if constexpr (EXPAND) {
@@ -261,9 +268,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 
   auto load_palettes = [&](int group) {
-    __syncwarp();
-    write_palettes(palettes, decoder, group, first_out, lane);
-    __syncwarp();
+    // Warps are in different groups at a time, or else have the same palettes.
+    if constexpr (GROUPED) {
+      __syncwarp();
+      write_palettes<OUTS>(palettes, decoder, group, first_out, lane, 32);
+      __syncwarp();
+    } else {
+      __syncthreads();
+      write_palettes<BLOCK_OUTS>(memory, decoder, 0, first_out - out_warp * OUTS, threadIdx.x, THREADS);
+      __syncthreads();
+    }
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
@@ -275,10 +289,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
   };
 
-  from = start_of(blockIdx.x);
+  from = start_of(first_block);
 #pragma unroll
   for (int s = 0; s < SPAN; ++s)
-    if (k_warp * PART_TURNS < TURNS) read(s, k_warp * PART_TURNS, blockIdx.x);
+    if (sharer * PART_TURNS < TURNS) read(s, sharer * PART_TURNS, first_block);
   if constexpr (TABLE) write_table(memory, decoder);
   // Few rows of x are in shared memory, pairs 0 and 2 of eight values before pairs 1 and 3.
   if constexpr (X_BYTES > 0) {
@@ -290,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   __syncthreads();
 #pragma unroll 1
-  for (int block = blockIdx.x; block < BLOCKS_OF_OUTS; block += gridDim.x) {
+  for (int block = first_block; block < BLOCKS_OF_OUTS; block += blocks) {
     first_out = block * BLOCK_OUTS + out_warp * OUTS;
 #pragma unroll
     for (int t = 0; t < TILES_M; ++t)
@@ -298,21 +312,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int tile = 0; tile < TILES_N; ++tile)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[t][tile][i] = 0;
-    const int next = block + gridDim.x;
+    const int next = block + blocks;
     const bool more = next < BLOCKS_OF_OUTS;
     if constexpr (PALETTE && !GROUPED) load_palettes(0);
 #pragma unroll 1
-    for (int turn = k_warp * PART_TURNS; turn < TURNS;) {
+    for (int turn = sharer * PART_TURNS; turn < TURNS;) {
       if constexpr (PALETTE && GROUPED)
         if (turn % PART_TURNS == 0) load_palettes(turn / PART_TURNS);
       const bool part_ends = (turn + SPAN) % PART_TURNS == 0;
-      const int following = turn + SPAN + (part_ends ? (K_WARPS - 1) * PART_TURNS : 0);
+      const int following = turn + SPAN + (part_ends ? (SHARERS - 1) * PART_TURNS : 0);
       const bool last = following >= TURNS;
       from = last ? start_of(next) : from + (part_ends ? NEXT_PART : SPAN * NEXT_TURN);
 #pragma unroll
       for (int s = 0; s < SPAN; ++s) {
         use(s, turn + s);
-        if (!last || more) read(s, last ? k_warp * PART_TURNS : following, last ? next : block);
+        if (!last || more) read(s, last ? sharer * PART_TURNS : following, last ? next : block);
       }
       turn = following;
     }

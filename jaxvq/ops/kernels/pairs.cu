@@ -18,7 +18,7 @@
 
 #include "codes.cuh"
 
-constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS, SHARES = 32 / LANES;
+constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS;
 constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);  // bytes from a pair to the next
 constexpr int TABLE_BYTES = PAIRS * STRIDE;
 constexpr int TURNS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN) * SPAN;
@@ -30,12 +30,6 @@ constexpr int STAGED = LEVELS * OUTS, RAW = (STAGED + THREADS - 1) / THREADS;
 constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a column
 static_assert(COLUMNS == 2 && OUT_WARPS == 1 && K_WARPS % 2 == 0, "all warps of a block share its outputs and tables");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
-
-// A power of two that brings sizes up to `most` below 2 ** exponent, and one divided by it.
-__device__ __forceinline__ float2 power_for(float most, int exponent) {
-  const int moved = min(max(exponent + 253 - (int)(__float_as_uint(most) >> 23), 1), 253);
-  return make_float2(__uint_as_float(moved << 23), __uint_as_float((254 - moved) << 23));
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
@@ -95,12 +89,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   auto unit_of = [&](int turn) { return (warp * TURNS + turn) * SHARES + share; };
   auto out_of = [&](int block) { return block * OUTS + lane % LANES * COLUMNS; };
   auto start_of = [&](int block) { return unit_at(words, unit_of(0), out_of(block)); };
-  constexpr long long NEXT = (long long)SHARES * UNIT_WORDS * OUTPUTS;
   const unsigned* from = start_of(blockIdx.x);
   auto read = [&](unsigned (&to)[SPAN][UNIT_WORDS][LANE_WORDS], int turn, int block) {
 #pragma unroll
     for (int s = 0; s < SPAN; ++s)
-      read_unit<EXACT>(to[s], from + s * NEXT, EXACT ? 0 : unit_of(turn + s), out_of(block));
+      read_unit<EXACT>(to[s], from + s * NEXT_TURN, EXACT ? 0 : unit_of(turn + s), out_of(block));
   };
   read_palettes(blockIdx.x);
   // The part of x that this warp multiplies.
@@ -164,10 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int n = 0; n < ROWS; ++n) {
           if ((first_octet + octet) % CHAIN != CHAIN - 1) continue;
-          float2 both;
-          asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-              : "=f"(both.x), "=f"(both.y)
-              : "r"(chains[n][column]));
+          const float2 both = two_floats(chains[n][column]);
           totals[n][column][0] += both.x, totals[n][column][1] += both.y;
         }
       }
@@ -191,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; turn += SPAN) {
       const bool last = turn + SPAN == TURNS;
-      from = last ? start_of(next) : from + SPAN * NEXT;
+      from = last ? start_of(next) : from + SPAN * NEXT_TURN;
       unsigned coming[SPAN][UNIT_WORDS][LANE_WORDS];
       if (!last || more) read(coming, last ? 0 : turn + SPAN, last ? next : block);
 #pragma unroll
