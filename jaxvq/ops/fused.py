@@ -305,9 +305,8 @@ def _is_worth_tables(problem: Problem) -> bool:
 def _by_products(problem: Problem) -> Tiles:
     """Tiles for `kernels/products.cu`: columns that make turns few and full, and as many on their way as have room."""
     lanes, cluster = 32 // _units_of_table(problem), _cluster(problem)
-    ways = [
-        Tiles("products", columns, 1, 16, span, 1, lanes, k_blocks=cluster) for columns in (8, 4, 2) for span in (3, 2)
-    ]
+    sizes = [(columns, span) for columns in (8, 4, 2, 1) for span in (3, 2)]
+    ways = [Tiles("products", columns, 1, 16, span, 1, lanes, k_blocks=cluster) for columns, span in sizes]
     fit = [way for way in ways if products_nbytes(problem, way) <= cuda.shared_nbytes()]
     return min(fit or ways[-1:], key=lambda tiles: _takes(problem, tiles) * (tiles.columns + 4))
 

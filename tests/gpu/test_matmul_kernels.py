@@ -28,9 +28,11 @@ def expected(x, w):
 
 
 def digits_lost(got, x, w):
-    """The error next to the usual size of such sums: the sums themselves may happen to be small."""
+    """The error next to the size of the sums or the usual size of such sums: few sums may happen to be small."""
+    exact = expected(x, w)
     squares = np.asarray(x, np.float64) ** 2 @ np.asarray(w.dequantize(), np.float64) ** 2
-    return np.linalg.norm(np.asarray(got, np.float64) - expected(x, w)) / np.sqrt(squares.sum())
+    size = max(np.linalg.norm(exact), np.sqrt(squares.sum()))
+    return np.linalg.norm(np.asarray(got, np.float64) - exact) / size
 
 
 def poison():
@@ -67,7 +69,7 @@ def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
 
 
 TABLES = ["2 x 8 bits, d=8", "1 x 12 bits, d=8", "3 x 6 bits, d=4, int8", "4 x 4 bits, d=8", "1 x 5 bits, d=4"]
-TABLES += ["2 x 7 bits, d=4, 100 entries", "1 x 11 bits, d=8"]
+TABLES += ["1 x 7 bits, d=4, 100 entries", "1 x 11 bits, d=8"]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ VECTORS = {
     "1 x 13 bits, d=8, 5000 entries": (13, 8, 1, 5000, (1, 1), "float32"),
     "1 x 14 bits, d=8, 10,000 entries": (14, 8, 1, 10_000, (1, 1), "bfloat16"),
     "1 x 5 bits, d=4": (5, 4, 1, 32, (1, 1), "float32"),
-    "2 x 7 bits, d=4, 100 entries": (7, 4, 2, 100, (1, 1), "bfloat16"),
+    "1 x 7 bits, d=4, 100 entries": (7, 4, 1, 100, (1, 1), "bfloat16"),
     "1 x 11 bits, d=8": (11, 8, 1, 2048, (1, 1), "float16"),
 }
 LEVELS = {f"{bits} bits": (bits, (1, "out"), True) for bits in range(1, 9)} | {
