@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxvq._pytree import pytree_dataclass, static
 from jaxvq.array import QuantizedArray, as_floats
 from jaxvq.ops import fused
+from jaxvq.ops.tables import has_tables, table_product
 from jaxvq.ops.tiles import tile_count, tiled_product
 
 Weight = QuantizedArray | Shaped[Array, "_ _"]
@@ -175,16 +176,22 @@ def _by_xla(x: Float[Array, "*batch a"], w: Weight, call: _Call) -> Float[Array,
         axes = (x.ndim - 1,), (1 if call.transpose else 0,)
         return lax.dot_general(x, as_floats(w, x.dtype), (axes, ((), ())), precision=call.precision)
 
-    def in_tiles(x: Array, w: Any) -> Array:
-        product = tiled_product(x.reshape(-1, x.shape[-1]), w, count=count, precision=call.precision)
+    rows = math.prod(x.shape[:-1])
+
+    def on_cpu(x: Array, w: Any) -> Array:
+        flat = x.reshape(rows, -1)
+        if has_tables(rows, w):
+            product = table_product(flat, w, precision=call.precision)
+        else:
+            product = tiled_product(flat, w, count=count, precision=call.precision)
         return product.reshape(*x.shape[:-1], -1)
 
     if not isinstance(w, QuantizedArray) or _reason_of_form(x, w, call.transpose) is not None:
         return at_once(x, w)
-    count = tile_count(math.prod(x.shape[:-1]), w)
-    if count is None:
+    count = tile_count(rows, w)
+    if count is None and not has_tables(rows, w):
         return at_once(x, w)
-    return lax.platform_dependent(x, w, cpu=in_tiles, default=at_once)
+    return lax.platform_dependent(x, w, cpu=on_cpu, default=at_once)
 
 
 # From here on the kernel's path, one of JAX's rules a function.
