@@ -112,7 +112,7 @@ def launch(
       blocks: of threads.
       threads: in each block.
       shared_nbytes: memory shared by the threads of a block, beside what the source declares.
-      cluster: blocks of one, as the source says; more than one where `has_clusters` allows.
+      cluster: blocks of one, as the source makes them; more than one where `has_clusters` allows.
       overwrites: the operand whose memory the one result takes, with what is in it.
     """
     aliases = None if overwrites is None else {overwrites: 0}

@@ -194,8 +194,8 @@ def _reason_of_format(problem: Problem) -> str | None:
 def product(x: Float[Array, "n a"], w: QuantizedArray) -> Float[Array, "n b"]:
     """`x @ w` where `reason` has nothing against it, rounded to the dtype of `x`.
 
-    Sums are float32. At few rows those of palettes are of sums of eight products in float16, and those of vectors of
-    sums of eight inner products.
+    Sums are float32. At one or two rows those of palettes are of sums of eight products in float16; at one row of a
+    large weight those of vectors are of sums of eight inner products, in float16 too.
     """
     problem = Problem(x.shape[0], x.shape[1], x.dtype, w)
     tiles = choose(problem)
@@ -290,16 +290,20 @@ def _is_worth_tables(problem: Problem) -> bool:
     """Whether `kernels/products.cu` can serve and waits less for shared memory than `kernels/matmul.cu`.
 
     Counted in cycles of a processor, in each of which it reads or writes 128 bytes. Vectors are read in `dim * 2` bytes
-    and numbers in four; lanes that read from places of their own never meet in a bank.
+    and numbers in four; lanes that read from places of their own never meet in a bank. Tables are read as a whole, also
+    where they reach beyond the input side.
     """
-    units = _units_of_table(problem)
-    if problem.dim < 4 or problem.bits < (4 if units == 32 else 6) or units == 0 or units * problem.unit[1] % 16 != 0:
+    units, (_, codes_of_unit) = _units_of_table(problem), problem.unit
+    if problem.dim < 4 or problem.bits < (4 if units == 32 else 6) or units == 0 or units * codes_of_unit % 16 != 0:
         return False
-    codes = problem.w.codes.length * problem.stages
-    reads = codes * problem.outputs / 32 / PROCESSORS  # of a number for each lane
-    tables = codes * 2**problem.bits / 64 / _cluster(problem) + reads * (1 if units == 32 else MEETING)
-    vectors = reads * problem.dim / 2 * (1 if _copies(problem) * problem.dim == 64 else MEETING_OF_VECTORS)
-    return tables + STARTING < vectors
+    cluster = _cluster(problem)
+    phases = math.ceil(_units(problem) / (units * cluster))  # of each block
+    numbers = phases * units * codes_of_unit * problem.stages
+    writes = numbers * 2**problem.bits / 64
+    reads = numbers * cluster * problem.outputs / 32 / PROCESSORS * (1 if units == 32 else MEETING)
+    vectors = problem.w.codes.length * problem.stages * problem.outputs / 32 / PROCESSORS * problem.dim / 2
+    meeting = 1 if _copies(problem) * problem.dim == 64 else MEETING_OF_VECTORS
+    return writes + reads + STARTING < vectors * meeting
 
 
 def _by_products(problem: Problem) -> Tiles:
@@ -336,8 +340,10 @@ def _by_writing(problem: Problem) -> Tiles:
     if problem.groups > 1:
         span = math.gcd(span, problem.w.codes.length // problem.groups // problem.unit[1])
     tiles = Tiles("matmul", 4, 8, 1, span, 2, 32, _copies(problem))
-    parts, turns = math.ceil(problem.outputs / tiles.outs), math.ceil(_units(problem) / span)
-    k_blocks = max(1, min(math.ceil(WRITERS / parts), turns // tiles.k_warps))
+    # Warps share out whole groups, or else what is on its way.
+    turns = problem.groups if problem.groups > 1 else math.ceil(_units(problem) / span)
+    k_blocks = math.ceil(WRITERS / math.ceil(problem.outputs / tiles.outs))
+    k_blocks = max(1, min(k_blocks, turns // tiles.k_warps))
     return _with_room(dataclasses.replace(tiles, k_blocks=k_blocks), matmul_nbytes(problem, tiles))
 
 

@@ -23,11 +23,12 @@ ROWS_MOST = 16  # with more, the product takes longer than decoding
 def tile_count(rows: int, w: QuantizedArray) -> int | None:
     """How many tiles of the input side to decode for a product of so many rows; None where all at once is as well.
 
-    The codes must follow each other along the input side.
+    It is for several stages, which XLA adds up more slowly in tiles. The codes must follow each other along the input
+    side.
     """
     inputs, outs = w.layout.matrix_shape
-    length = w.codes.length
-    if rows > ROWS_MOST or length * w.layout.dim != inputs:
+    length, stages = w.codes.length, w.codes.words.shape[2]
+    if rows > ROWS_MOST or stages > 1 or length * w.layout.dim != inputs:
         return None
     least = -(-inputs * outs // TILE_VALUES)
     blocks = {leaf.shape[0] for leaf in jax.tree.leaves(w.decoder)} - {1}

@@ -34,6 +34,8 @@ VECTORS = {
     "1 x 5 bits, d=4": (5, 4, 1, 32, (1, 1), "float32"),
     "1 x 7 bits, d=4, 100 entries": (7, 4, 1, 100, (1, 1), "bfloat16"),
     "1 x 11 bits, d=8": (11, 8, 1, 2048, (1, 1), "float16"),
+    "3 x 9 bits, d=8": (9, 8, 3, 512, (1, 1), "bfloat16"),
+    "4 x 8 bits, d=4": (8, 4, 4, 256, (1, 1), "float32"),
 }
 LEVELS = {f"{bits} bits": (bits, (1, "out"), True) for bits in range(1, 9)} | {
     "4 bits, symmetric": (4, (1, 1), False),

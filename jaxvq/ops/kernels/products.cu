@@ -10,9 +10,12 @@
 // The blocks of a cluster share the phases and the outputs, and add up at the end, in a fixed order. The words of the
 // codes come by a ring of SPAN parts of shared memory.
 //
-// Vectors and x are float16 in there, scaled by powers of two: vectors to values below 1 by the largest finite one, x
-// to less than 512 by its largest value in a block's part. At most eight inner products are added up in float16, and
-// those sums in float32.
+// Vectors and x are float16 in there, scaled by powers of two: vectors to values below 64 by the largest finite one of
+// the codebook (those below 2**-30 of it count as zero), x to less than 8 by its largest value in a block's part. So are
+// their inner products; at most eight are added up in float16, and those sums in float32.
+//
+// Source: the distances by tables of Jégou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search", IEEE
+// TPAMI 33(1), 2011.
 //
 // Compiled with: INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit type of x);
 // ENTRIES of the codebook; VECTORS, SCALES (types, 0 for none); SCALE_STAGES; LANES, COLUMNS, OUT_WARPS, SPAN; K_BLOCKS
@@ -152,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
     most = fmaxf(most, largest_of_warps[i]);
     most_of_x = fmaxf(most_of_x, largest_of_warps[WARPS + i]);
   }
-  const float2 power = power_for(most, 0), x_power = power_for(most_of_x, 9);
+  const float2 power = power_for(most, 6), x_power = power_for(most_of_x, 3);
   const float unit = power.y * x_power.y;
   unsigned fragments[MINE][FRAGMENTS];
 #pragma unroll
