@@ -152,7 +152,10 @@ class Problem:
 
 
 def reason(rows: int, inputs: int, dtype: Any, w: QuantizedArray) -> str | None:
-    """Why no kernel serves x `[rows, inputs]` of `dtype` times `w`; None where one does."""
+    """Why no kernel serves x `[rows, inputs]` of `dtype` times `w`; None where one does.
+
+    The codes must follow each other along the input side.
+    """
     if cuda.compiler() is None:
         return 'the kernels\' compiler is missing: pip install "jaxvq[cuda]"'
     if cuda.shared_nbytes() == 0:
@@ -172,8 +175,6 @@ def _reason_of_format(problem: Problem) -> str | None:
     vectors, _, _ = problem.parts
     table, scale = problem.blocks
     bits, dim, stages, length = problem.bits, problem.dim, problem.stages, problem.w.codes.length
-    if problem.w.codes.axis != 0:
-        return "the codes are packed along the output side, where they take fewer words; kernels read the input side"
     if vectors is None and bits > 8:
         return f"evenly spaced levels must have at most 8 bits, got {bits}"
     if vectors is not None and dim == 1 and (vectors.shape[3] > PALETTE_MOST or bits > 4 or stages > 1):

@@ -130,9 +130,8 @@ def _reason(x: Any, w: Weight, transpose: bool) -> str | None:
     """Why no kernel serves, wherever the program will run; None where one does."""
     if not isinstance(w, QuantizedArray):
         return "`w` is not quantized"
-    rows = math.prod(x.shape[:-1])
     form = _reason_of_form(x, w, transpose)
-    return form or (fused.reason(rows, x.shape[-1], x.dtype, w) if rows else "`x` has no rows")
+    return form or fused.reason(math.prod(x.shape[:-1]), x.shape[-1], x.dtype, w)
 
 
 def _reason_of_form(x: Any, w: QuantizedArray, transpose: bool) -> str | None:

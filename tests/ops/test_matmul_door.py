@@ -252,7 +252,6 @@ REASONS = {
         False,
         "codes of `w` are packed along its outputs",
     ),
-    "none": (halves(0, 24), palette, False, "`x` has no rows"),
     "dtype": (normal(5, 24), palette, False, "`x` is float32"),
 }
 
