@@ -134,13 +134,12 @@ def measure(count: int, weights: dict[str, QuantizedArray], config: Config, cons
     for name, w in weights.items():
         runs |= {(name, kind): run for kind, run in programs(w, x, cotangent).items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for turn in track(range(config.repeats + 1), f"{count} rows", console=console, transient=True):
+    for _ in track(range(config.repeats), f"{count} rows", console=console, transient=True):
         for key, run in runs.items():
             jax.block_until_ready(run())  # what the one before has left in caches and memory is not its own
             began = time.perf_counter()
             jax.block_until_ready(run())
-            if turn:
-                times[key].append(1e3 * (time.perf_counter() - began))
+            times[key].append(1e3 * (time.perf_counter() - began))
     milliseconds = {key: statistics.median(each) for key, each in times.items()}
     return [
         {
@@ -157,7 +156,7 @@ def measure(count: int, weights: dict[str, QuantizedArray], config: Config, cons
 
 
 def relative_error(got: Float[Array, "n out"], x: Float[Array, "n in"], w: QuantizedArray) -> float:
-    exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize().astype(jnp.float32), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
     return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
 
 

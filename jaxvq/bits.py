@@ -5,6 +5,8 @@ The codes along one axis form a stream of bits, lowest bit first: code `i` fills
 end in the next, so `n` codes take `ceil(n * bits / 32)` words and no more.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt32
@@ -41,6 +43,12 @@ class PackedCodes:
 def word_count(length: int, bits: int) -> int:
     """Words that `length` codes of `bits` bits take."""
     return -(-length * bits // WORD)
+
+
+def whole_words(bits: int) -> tuple[int, int]:
+    """(words, codes): the fewest words that end where a code ends."""
+    codes = WORD // math.gcd(bits, WORD)
+    return codes * bits // WORD, codes
 
 
 def packed_axis(groups: int, outs: int, bits: int) -> int:

@@ -17,17 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvq.array import Affine, Codebook, QuantizedArray
-from jaxvq.bits import WORD, word_count
+from jaxvq.bits import whole_words, word_count
 from jaxvq.ops import cuda
 
 TYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
 PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
-CLUSTERS = {
-    1: PROCESSORS,
-    2: 66,
-    4: 30,
-    8: 15,
-}  # of so many blocks that an H100 runs at once: some processors stay idle
+# Clusters of so many blocks that an H200 runs at once; of large ones some processors stay idle.
+CLUSTERS = {1: PROCESSORS, 2: 66, 4: 30, 8: 15}
 ROWS_FEW = 2  # rows of x that the kernels of palettes and of levels serve
 ROWS_SPLIT = 4
 ROWS_MOST = 64
@@ -113,15 +109,20 @@ class Problem:
     @property
     def unit(self) -> tuple[int, int]:
         """(words, codes) of the fewest words of an output that end where a code and eight values end."""
-        codes = WORD // math.gcd(self.bits, WORD)
+        words, codes = whole_words(self.bits)
         while codes * self.dim % 8:
-            codes *= 2
-        return codes * self.bits // WORD, codes
+            words, codes = 2 * words, 2 * codes
+        return words, codes
+
+    @property
+    def units(self) -> int:
+        """Along the input side."""
+        return math.ceil(word_count(self.w.codes.length, self.bits) / self.unit[0])
 
     @property
     def turns(self) -> int:
         """Times that the four quads of a warp take turns along the input side."""
-        return -(-word_count(self.w.codes.length, self.bits) // (4 * self.unit[0]))
+        return math.ceil(self.units / 4)
 
     @property
     def parts(self) -> tuple[Array | None, Array | None, Array | None]:
@@ -209,9 +210,8 @@ def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
     """The weight as the layout's matrix, rounded to `dtype`."""
     inputs = w.layout.matrix_shape[0]
     problem = Problem(1, inputs, jnp.dtype(dtype), w, expand=True)
-    return _launch(
-        problem, _by_writing(problem), jnp.zeros((), dtype), jax.ShapeDtypeStruct((inputs, problem.outputs), dtype)
-    )
+    result = jax.ShapeDtypeStruct((inputs, problem.outputs), dtype)
+    return _launch(problem, _by_writing(problem), jnp.zeros((), dtype), result)
 
 
 def choose(problem: Problem) -> Tiles | None:
@@ -266,11 +266,6 @@ def _with_room(tiles: Tiles, nbytes: int) -> Tiles:
     return tiles if tiles.blocks * (nbytes + 1024) <= cuda.shared_nbytes() else dataclasses.replace(tiles, blocks=1)
 
 
-def _units(problem: Problem) -> int:
-    """Along the input side."""
-    return math.ceil(word_count(problem.w.codes.length, problem.bits) / problem.unit[0])
-
-
 def _units_of_table(problem: Problem) -> int:
     """Units whose inner products with all vectors have room in shared memory; at most one for each lane."""
     nbytes = 2 * problem.unit[1] * problem.stages * 2**problem.bits
@@ -280,9 +275,14 @@ def _units_of_table(problem: Problem) -> int:
     return units
 
 
+def _phases(problem: Problem, units: int, blocks: int) -> int:
+    """Tables of so many units that each of so many blocks writes, one after the other."""
+    return math.ceil(problem.units / (units * blocks))
+
+
 def _cluster(problem: Problem) -> int:
     """Blocks that share the input side of a product by tables; no more than tables are needed for it."""
-    tables = math.ceil(_units(problem) / _units_of_table(problem))
+    tables = _phases(problem, _units_of_table(problem), 1)
     most = min(max(CLUSTERS), tables) if cuda.has_clusters() else 1
     return 2 ** (most.bit_length() - 1)
 
@@ -298,8 +298,7 @@ def _is_worth_tables(problem: Problem) -> bool:
     if problem.dim < 4 or problem.bits < (4 if units == 32 else 6) or units == 0 or units * codes_of_unit % 16 != 0:
         return False
     cluster = _cluster(problem)
-    phases = math.ceil(_units(problem) / (units * cluster))  # of each block
-    numbers = phases * units * codes_of_unit * problem.stages
+    numbers = _phases(problem, units, cluster) * units * codes_of_unit * problem.stages
     writes = numbers * 2**problem.bits / 64
     reads = numbers * cluster * problem.outputs / 32 / PROCESSORS * (1 if units == 32 else MEETING)
     vectors = problem.w.codes.length * problem.stages * problem.outputs / 32 / PROCESSORS * problem.dim / 2
@@ -342,7 +341,7 @@ def _by_writing(problem: Problem) -> Tiles:
         span = math.gcd(span, problem.w.codes.length // problem.groups // problem.unit[1])
     tiles = Tiles("matmul", 4, 8, 1, span, 2, 32, _copies(problem))
     # Warps share out whole groups, or else what is on its way.
-    turns = problem.groups if problem.groups > 1 else math.ceil(_units(problem) / span)
+    turns = problem.groups if problem.groups > 1 else math.ceil(problem.units / span)
     k_blocks = math.ceil(WRITERS / math.ceil(problem.outputs / tiles.outs))
     k_blocks = max(1, min(k_blocks, turns // tiles.k_warps))
     return _with_room(dataclasses.replace(tiles, k_blocks=k_blocks), matmul_nbytes(problem, tiles))
@@ -391,7 +390,7 @@ def products_nbytes(problem: Problem, tiles: Tiles) -> int:
     """Shared memory of a block of `kernels/products.cu`: its table, words on their way, x, sums, largest values."""
     words, codes = problem.unit
     units = 32 // tiles.lanes
-    slots, phases = units * codes, math.ceil(_units(problem) / (units * tiles.k_blocks))
+    slots, phases = units * codes, _phases(problem, units, tiles.k_blocks)
     row = 4 * tiles.lanes * tiles.columns * problem.stages
     part = units * words * (row + (16 if row < 128 and row % 32 == 0 else 0))
     table = 2 * slots * 2**problem.bits * problem.stages

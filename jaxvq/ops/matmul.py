@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -177,22 +178,24 @@ def _by_xla(x: Float[Array, "*batch a"], w: Weight, call: _Call) -> Float[Array,
         axes = (x.ndim - 1,), (1 if call.transpose else 0,)
         return lax.dot_general(x, as_floats(w, x.dtype), (axes, ((), ())), precision=call.precision)
 
-    rows = math.prod(x.shape[:-1])
+    product = None
+    if isinstance(w, QuantizedArray) and _reason_of_form(x, w, call.transpose) is None:
+        product = _faster_on_cpu(math.prod(x.shape[:-1]), w, call.precision)
+    if product is None:
+        return at_once(x, w)
 
     def on_cpu(x: Array, w: Any) -> Array:
-        flat = x.reshape(rows, -1)
-        if has_tables(rows, w):
-            product = table_product(flat, w, precision=call.precision)
-        else:
-            product = tiled_product(flat, w, count=count, precision=call.precision)
-        return product.reshape(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
-    if not isinstance(w, QuantizedArray) or _reason_of_form(x, w, call.transpose) is not None:
-        return at_once(x, w)
-    count = tile_count(rows, w)
-    if count is None and not has_tables(rows, w):
-        return at_once(x, w)
     return lax.platform_dependent(x, w, cpu=on_cpu, default=at_once)
+
+
+def _faster_on_cpu(rows: int, w: QuantizedArray, precision: lax.PrecisionLike) -> Callable[[Array, Any], Array] | None:
+    """The product of `x` `[rows, a]` and `w` that a CPU finishes before it has decoded `w`; None where none does."""
+    if has_tables(rows, w):
+        return functools.partial(table_product, precision=precision)
+    count = tile_count(rows, w)
+    return None if count is None else functools.partial(tiled_product, count=count, precision=precision)
 
 
 # From here on the kernel's path, one of JAX's rules a function.

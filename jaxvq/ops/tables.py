@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxvq.array import Codebook, QuantizedArray
-from jaxvq.bits import WORD, unpack
+from jaxvq.bits import unpack, whole_words
 
 VALUES_LEAST = 2**20  # of a weight; smaller ones are decoded as fast
 NUMBERS_MOST = 2**11  # of several rows for one code, so that a table stays in the cache
@@ -35,7 +35,7 @@ def has_tables(rows: int, w: QuantizedArray) -> bool:
         return False
     parts = [decoder.vectors] if decoder.scale is None else [decoder.vectors, decoder.scale]
     stages, entries = decoder.vectors.shape[2:4]
-    few = rows == 1 or (stages > 1 and rows <= w.layout.dim and rows * entries <= NUMBERS_MOST)
+    few = rows == 1 or (stages > 1 and 0 < rows <= w.layout.dim and rows * entries <= NUMBERS_MOST)
     return few and entries <= outs and all(part.shape[:2] == (1, 1) for part in parts)
 
 
@@ -50,10 +50,8 @@ def table_product(x: Float[Array, "n a"], w: QuantizedArray, *, precision: lax.P
       precision: of the inner products.
     """
     assert isinstance(w.decoder, Codebook)
-    bits, outs, stages = w.codes.bits, w.layout.grid[1], w.codes.words.shape[2]
-    # A step takes the fewest words that end where a code ends.
-    codes_of_step = WORD // math.gcd(bits, WORD)
-    words_of_step = codes_of_step * bits // WORD
+    outs, stages = w.layout.grid[1], w.codes.words.shape[2]
+    words_of_step, codes_of_step = whole_words(w.codes.bits)
     steps = -(-w.codes.length // codes_of_step)
     vectors = w.decoder.vectors[0, 0].astype(jnp.float32)
     if w.decoder.scale is not None:

@@ -28,7 +28,7 @@ def tile_count(rows: int, w: QuantizedArray) -> int | None:
     """
     inputs, outs = w.layout.matrix_shape
     length, stages = w.codes.length, w.codes.words.shape[2]
-    if rows > ROWS_MOST or stages > 1 or length * w.layout.dim != inputs:
+    if not 0 < rows <= ROWS_MOST or stages > 1 or length * w.layout.dim != inputs:
         return None
     least = -(-inputs * outs // TILE_VALUES)
     blocks = {leaf.shape[0] for leaf in jax.tree.leaves(w.decoder)} - {1}

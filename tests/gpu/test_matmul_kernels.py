@@ -40,6 +40,12 @@ def poison():
     jax.block_until_ready(jnp.full((64, 1024, 1024), jnp.nan))
 
 
+def traced_anew(x, w):
+    """`matmul` remembers what it traced for a shape, whatever has been changed since."""
+    poison()
+    return jax.jit(lambda x, w: fused.product(x, w))(x, w)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_have_the_digits_of_their_dtype(name, shape):
@@ -77,12 +83,6 @@ def tables(monkeypatch):
     monkeypatch.setattr(fused, "STARTING", -math.inf)
 
 
-def traced_anew(x, w):
-    """`matmul` remembers what it traced for a shape, whatever has been changed since."""
-    poison()
-    return jax.jit(lambda x, w: fused.product(x, w))(x, w)
-
-
 def by_table(x, w):
     assert fused.choose(fused.Problem(x.shape[0], x.shape[1], x.dtype, w)).kernel == "products"
     return traced_anew(x, w)
@@ -111,7 +111,7 @@ def test_tables_of_very_small_and_large_inner_products(name, scale, tables):
 
 def test_a_large_vector_that_nothing_uses_costs_few_digits(tables):
     w, x = weight("1 x 12 bits, d=8", (1024, 96)), inputs(1, 1024, "bfloat16")
-    unused = sorted(set(range(4096)) - set(np.asarray(unpack(w.codes)).ravel().tolist()))[0]
+    unused = min(set(range(4096)) - set(np.asarray(unpack(w.codes)).ravel().tolist()))
     large = jax.tree.map(lambda leaf: leaf.at[0, 0, 0, unused].mul(1e5) if leaf.ndim == 5 else leaf, w)
     assert digits_lost(by_table(x, large), x, w) < 4e-3
 

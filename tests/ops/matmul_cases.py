@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvq.array import Affine, Codebook, QuantizedArray
+from jaxvq.array import Affine, Codebook, QuantizedArray, combine, partition
 from jaxvq.bits import PackedCodes, pack, word_count
 from jaxvq.layout import Layout
+from tests.ops.matmul_by_hand import gradients_by_hand, weight_by_hand
 
 # name: bits, values of a code, stages, entries, (#g or values in a group, #out) of the decoder, dtype of its vectors
 PALETTES = {
@@ -112,3 +113,19 @@ def relative_error(got, expected) -> float:
     """|got - expected| / |expected| in float64."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def check_gradients(product, w: QuantizedArray, x: jax.Array) -> None:
+    """Those of x and of the decoder, of a function of x and w in float32, are those in float64."""
+    trainable, frozen = partition(w)
+    cotangent = np.random.default_rng(2).normal(size=(x.shape[0], w.shape[1]))
+
+    def loss(x, trainable):
+        return jnp.sum(product(x, combine(trainable, frozen)) * cotangent)
+
+    of_x, of_decoder = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, trainable)
+    assert relative_error(of_x, cotangent @ weight_by_hand(w).T) < 1e-6
+    by_hand = gradients_by_hand(w, np.asarray(x, np.float64).T @ cotangent)
+    for ours, exact in zip(jax.tree.leaves(of_decoder), by_hand, strict=True):
+        assert ours.shape == exact.shape
+        assert relative_error(ours.astype(jnp.float32), exact) < (1e-5 if ours.dtype == jnp.float32 else 4e-3)

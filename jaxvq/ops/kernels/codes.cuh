@@ -25,24 +25,24 @@ constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a wa
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 constexpr int LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
 
+__device__ __forceinline__ float float_of(unsigned short half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
+}
+
 template <int TYPE>
 __device__ __forceinline__ float number(const void* from, long long index) {
   if constexpr (TYPE == FLOAT32) return __ldg(static_cast<const float*>(from) + index);
   if constexpr (TYPE == BFLOAT16)
     return __uint_as_float((unsigned)__ldg(static_cast<const unsigned short*>(from) + index) << 16);
-  if constexpr (TYPE == FLOAT16) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(__ldg(static_cast<const unsigned short*>(from) + index)));
-    return x;
-  }
+  if constexpr (TYPE == FLOAT16) return float_of(__ldg(static_cast<const unsigned short*>(from) + index));
   return __ldg(static_cast<const signed char*>(from) + index);
 }
 
 __device__ __forceinline__ float x_value(unsigned short bits) {
   if constexpr (BFLOAT) return __uint_as_float((unsigned)bits << 16);
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
+  return float_of(bits);
 }
 
 __device__ __forceinline__ unsigned short rounded(float x) {
@@ -108,6 +108,17 @@ __device__ __forceinline__ float largest(const uint4 (&values)[N]) {
     for (int j = 0; j < 4; ++j) most = max(most, max(two[j] & 0x7fff, two[j] >> 16 & 0x7fff));
   }
   return x_value((unsigned short)__reduce_max_sync(~0u, most));
+}
+
+// Eight values of x times `power`, as float16.
+__device__ __forceinline__ uint4 halves_of(const uint4& values, float power) {
+  const unsigned* two = reinterpret_cast<const unsigned*>(&values);
+  unsigned half[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    half[j] =
+        two_halves<false>(x_value((unsigned short)two[j]) * power, x_value((unsigned short)(two[j] >> 16)) * power);
+  return make_uint4(half[0], half[1], half[2], half[3]);
 }
 
 // The words of one unit of COLUMNS neighbouring outputs.

@@ -114,15 +114,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     x_power[n] = power.y;
 #pragma unroll
     for (int i = 0; i < X_READS; ++i) {
-      const unsigned* two = reinterpret_cast<const unsigned*>(&my_x[n][i]);
-      unsigned half[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        half[j] = two_halves<false>(x_value((unsigned short)two[j]) * power.x,
-                                    x_value((unsigned short)(two[j] >> 16)) * power.x);
+      const uint4 halves = halves_of(my_x[n][i], power.x);
       if (i * 256 + lane * 8 < MY_CODES)
-        *reinterpret_cast<uint4*>(shared_x + n * X_ROW + warp * MY_CODES + i * 256 + lane * 8) =
-            make_uint4(half[0], half[1], half[2], half[3]);
+        *reinterpret_cast<uint4*>(shared_x + n * X_ROW + warp * MY_CODES + i * 256 + lane * 8) = halves;
     }
   }
 

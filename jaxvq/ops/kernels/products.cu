@@ -168,12 +168,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
   for (int i = 0; i < X_READS; ++i) {
     const int eight = threadIdx.x + i * THREADS;
     if (eight >= EIGHTS) continue;
-    const unsigned* two = reinterpret_cast<const unsigned*>(&my_x[i]);
-    unsigned half[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      half[j] = two_halves<false>(x_value((unsigned short)two[j]) * x_power.x,
-                                  x_value((unsigned short)(two[j] >> 16)) * x_power.x);
+    const uint4 all_halves = halves_of(my_x[i], x_power.x);
+    const unsigned* half = reinterpret_cast<const unsigned*>(&all_halves);
 #pragma unroll
     for (int j = 0; j < 8 / DIM; ++j) {
       const int slot = eight * (8 / DIM) + j, phase = slot / SLOTS, mine = slot % SLOTS;
@@ -268,9 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
         if (n % CHAIN == 0) chain = number;
         else asm("add.rn.f16 %0, %0, %1;" : "+h"(chain) : "h"(number));
         if (n % CHAIN == CHAIN - 1 || n == UNIT_CODES * STAGES - 1) {
-          float sum;
-          asm("cvt.f32.f16 %0, %1;" : "=f"(sum) : "h"(chain));
-          totals[column] += sum;
+          totals[column] += float_of(chain);
         }
       }
     }
