@@ -66,7 +66,12 @@ def assemble(name: str, constants: tuple[tuple[str, int], ...], architecture: st
     files = importlib.resources.files("jaxvq.ops").joinpath("kernels")
     source = files.joinpath(f"{name}.cu").read_bytes()
     headers = [file for file in files.iterdir() if file.name.endswith(".cuh")]
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants)]
+    options = [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+        *(f"-D{key}={value}" for key, value in constants),
+    ]
     _, program = nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), len(headers), *_texts(headers))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -30,6 +30,7 @@ ROWS_MOST = 64
 PALETTE_MOST = 16
 STARTING = 2000  # cycles until a table of inner products can be read, more than until vectors can
 MEETING, MEETING_OF_VECTORS = 3.5, 2.6  # lanes that read from one bank at most, where they read from random places
+TAKING = 16  # outputs that a block could do in the time in which it begins with new ones
 WRITERS = 2 * PROCESSORS  # blocks that write a weight out
 TABLE_NBYTES = 65536  # a table of copies leaves room for a second block of threads
 
@@ -49,6 +50,7 @@ class Tiles:
       copies: of a table of vectors in shared memory; 0 leaves it in global memory.
       split: few rows of x wait in shared memory.
       k_blocks: blocks that share the input side; where they add up, those of a cluster.
+      halved: the last of the `out_warps` has half as many outputs.
     """
 
     kernel: str
@@ -61,11 +63,12 @@ class Tiles:
     copies: int = 0
     split: bool = False
     k_blocks: int = 1
+    halved: bool = False
 
     @property
     def outs(self) -> int:
         """Outputs of a block of threads."""
-        return self.lanes * self.columns * self.out_warps
+        return self.lanes * self.columns * (2 * self.out_warps - self.halved) // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +324,8 @@ def _by_floats(problem: Problem) -> Tiles:
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
     many = problem.outputs >= 64 * PROCESSORS
+    if many and problem.dim == 1 and problem.groups == 1 and problem.rows <= ROWS_MOST // 2:
+        return _by_whole_processors(problem, span)
     k_warps, out_warps = 8, 1
     if many and problem.rows > ROWS_SPLIT:
         k_warps, out_warps = (2, 4) if problem.rows > 16 else (4, 2)
@@ -332,6 +337,16 @@ def _by_floats(problem: Problem) -> Tiles:
     fit = (way for way in ways if matmul_nbytes(problem, way) <= cuda.shared_nbytes())
     tiles = next(fit, ways[-1])
     return _with_room(tiles, matmul_nbytes(problem, tiles))
+
+
+def _by_whole_processors(problem: Problem, span: int) -> Tiles:
+    """Tiles for `kernels/matmul.cu` with one block at once on a processor, of the size that keeps most of them busy."""
+    span = min(span, 2) if problem.parts[0] is not None else span
+    warps = [(8, 2), (4, 3), (4, 4)]  # that share the input side, on different outputs
+    sizes = [Tiles("matmul", 4, *both, span, 1, halved=halved) for both in warps for halved in (False, True)]
+    tiles = min(sizes, key=lambda size: _takes(problem, size) * (size.outs + TAKING))
+    split = dataclasses.replace(tiles, split=problem.rows <= ROWS_SPLIT)
+    return split if matmul_nbytes(problem, split) <= cuda.shared_nbytes() else tiles
 
 
 def _by_writing(problem: Problem) -> Tiles:
@@ -413,7 +428,7 @@ def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
         return tables
     turns = math.ceil(problem.turns / tiles.span) * tiles.span
     x = problem.rows * turns * 8 * problem.unit[1] * problem.dim if tiles.split else 0
-    return tables + x + 4 * tiles.k_warps * problem.rows * tiles.outs
+    return tables + x + 4 * tiles.k_warps * problem.rows * (tiles.outs + 4)
 
 
 def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStruct) -> Array:
@@ -465,5 +480,6 @@ def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]
         "BLOCKS": tiles.blocks,
         "SPLIT": int(tiles.split),
         "K_BLOCKS": tiles.k_blocks,
+        "HALVED": int(tiles.halved),
         "TAKES": _takes(problem, tiles),
     }

@@ -238,6 +238,17 @@ def test_which_kernel_serves(name, shape, rows, fake_compiler, launches):
     look_at(name, shape, look)
 
 
+@pytest.mark.parametrize(("outputs", "outs"), [(8448, 64), (10240, 80), (14336, 112), (16384, 128), (128256, 128)])
+def test_processors_have_about_the_same_outputs(outputs, outs, fake_compiler, launches):
+    """Of the sizes of blocks the one with which the busiest processor has least to do."""
+
+    def look(w):
+        assert fused.choose(fused.Problem(16, w.shape[0], jnp.dtype("bfloat16"), w)).outs == outs
+        assert launched(launches, 16, w).blocks <= min(fused.PROCESSORS, -(-outputs // outs))
+
+    look_at("4-bit palettes", (2048, outputs), look)
+
+
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
     monkeypatch.setattr(cuda, "has_clusters", lambda: False)
 
@@ -271,12 +282,13 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
         look_at(name, shape, look)
 
 
-SIZES = [((1000, 77), 0), ((1000, 77), 1), ((4096, 14336), 1), ((4096, 14336), 2), ((1000, 77), 3), ((4096, 14336), 16)]
+SIZES = [((1000, 77), 0), ((1000, 77), 1), ((1000, 77), 3), ((4096, 14336), 1), ((4096, 14336), 2), ((4096, 14336), 16)]
+SIZES += [((1000, 14301), 4), ((4096, 4096), 16)]
 SHARED = {
     "pairs": "TABLE_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
     "levels": "8 * (GROUPED ? K_WARPS : 2) * OUTS + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
     "products": "TABLE_BYTES + SPAN * PART_BYTES * WARPS + 16 * PHASES * SLOTS + 4 * TAKES * BLOCK_OUTS + 8 * WARPS",
-    "matmul": "TABLE_BYTES + X_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * BLOCK_OUTS)",
+    "matmul": "TABLE_BYTES + X_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * SUMS_ROW)",
 }
 
 

@@ -21,9 +21,8 @@ constexpr bool GROUPED = FINEST > 1;
 constexpr int GROUP_CODES = LENGTH / FINEST;
 constexpr int THREADS = K_WARPS * OUT_WARPS * 32;
 constexpr int SHARES = 32 / LANES;  // lanes with the same outputs, which take turns along the input side
-constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS;  // of a warp, of a block of threads
+constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS - HALVED * OUTS / 2;  // of a warp, of a block
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
-constexpr int LAST_OUT = OUTPUTS % COLUMNS == 0 ? OUTPUTS - COLUMNS : OUTPUTS - 1;
 
 __device__ __forceinline__ float float_of(unsigned short half) {
   float x;
@@ -125,35 +124,37 @@ __device__ __forceinline__ uint4 halves_of(const uint4& values, float power) {
 constexpr int LANE_WORDS = COLUMNS * STAGES;
 constexpr long long NEXT_TURN = (long long)SHARES * UNIT_WORDS * OUTPUTS * STAGES;  // words to a lane's next unit
 
-// Where the unit `unit` of the outputs from `out` on begins.
-__device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int unit, int out) {
-  return words + ((long long)unit * UNIT_WORDS * OUTPUTS + min(out, LAST_OUT)) * STAGES;
+// Where the unit `unit` of `count` outputs from `out` on begins.
+__device__ __forceinline__ const unsigned* unit_at(const unsigned* words, int unit, int out, int count = COLUMNS) {
+  const int last = OUTPUTS % COLUMNS == 0 ? OUTPUTS - count : OUTPUTS - 1;
+  return words + ((long long)unit * UNIT_WORDS * OUTPUTS + min(out, last)) * STAGES;
 }
 
-// Reads the unit at `from`. Beyond the end of the input side it reads what is before. Loads of memory that is said
-// never to change would be moved below the next barrier, closer to their use.
-template <bool INSIDE>
+// Reads the unit at `from`, of COUNT outputs. Beyond the end of the input side it reads what is before. Loads of memory
+// that is said never to change would be moved below the next barrier, closer to their use.
+template <bool INSIDE, int COUNT = COLUMNS>
 __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS], const unsigned* from, int unit,
                                           int out) {
+  constexpr int WORDS = COUNT * STAGES;
 #pragma unroll
   for (int i = 0; i < UNIT_WORDS; ++i) {
     const int beyond = INSIDE ? 0 : max(0, unit * UNIT_WORDS + i - (WORD_ROWS - 1));
     const unsigned* row = from + (long long)(i - beyond) * OUTPUTS * STAGES;
-    if constexpr (OUTPUTS % COLUMNS == 0 && LANE_WORDS % 4 == 0) {
+    if constexpr (OUTPUTS % COLUMNS == 0 && WORDS % 4 == 0) {
 #pragma unroll
-      for (int j = 0; j < LANE_WORDS; j += 4)
+      for (int j = 0; j < WORDS; j += 4)
         asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(to[i][j]), "=r"(to[i][j + 1]), "=r"(to[i][j + 2]), "=r"(to[i][j + 3])
                      : "l"(row + j));
-    } else if constexpr (OUTPUTS % COLUMNS == 0 && LANE_WORDS % 2 == 0) {
+    } else if constexpr (OUTPUTS % COLUMNS == 0 && WORDS % 2 == 0) {
 #pragma unroll
-      for (int j = 0; j < LANE_WORDS; j += 2)
+      for (int j = 0; j < WORDS; j += 2)
         asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
                      : "=r"(to[i][j]), "=r"(to[i][j + 1])
                      : "l"(row + j));
     } else {
 #pragma unroll
-      for (int j = 0; j < LANE_WORDS; ++j) to[i][j] = __ldg(row + (out + j / STAGES < OUTPUTS ? j : j % STAGES));
+      for (int j = 0; j < WORDS; ++j) to[i][j] = __ldg(row + (out + j / STAGES < OUTPUTS ? j : j % STAGES));
     }
   }
 }
@@ -223,15 +224,30 @@ struct Decoder {
   }
 };
 
-// Adds up what the warps that share the input side have put into `sums`, in a fixed order, and writes the products of
-// a block of outputs.
+// Adds up what the warps that share the input side have put into `sums`, rows of ROW, in a fixed order, and writes the
+// products of a block of outputs; where each thread has many, four together.
+template <int ROW = BLOCK_OUTS>
 __device__ __forceinline__ void write_products(unsigned short* y, const float* sums, int first_out) {
+  constexpr bool MANY = ROWS * BLOCK_OUTS > 2 * THREADS;
+  constexpr int TOGETHER = MANY && BLOCK_OUTS % 4 == 0 && OUTPUTS % 4 == 0 ? 4 : 1;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < ROWS * BLOCK_OUTS; i += THREADS) {
-    float sum = 0;
+  for (int i = threadIdx.x * TOGETHER; i < ROWS * BLOCK_OUTS; i += THREADS * TOGETHER) {
+    const int n = i / BLOCK_OUTS, out = first_out + i % BLOCK_OUTS;
+    const float* from = sums + n * ROW + i % BLOCK_OUTS;
+    float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int w = 0; w < K_WARPS; ++w) sum += sums[w * ROWS * BLOCK_OUTS + i];
-    const int out = first_out + i % BLOCK_OUTS;
-    if (out < OUTPUTS) y[(long long)(i / BLOCK_OUTS) * OUTPUTS + out] = rounded(sum);
+    for (int w = 0; w < K_WARPS; ++w) {
+      if constexpr (TOGETHER == 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + w * ROWS * ROW);
+        sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
+      } else {
+        sum.x += from[w * ROWS * ROW];
+      }
+    }
+    if (out >= OUTPUTS) continue;
+    unsigned short* to = y + (long long)n * OUTPUTS + out;
+    if constexpr (TOGETHER == 4)
+      *reinterpret_cast<uint2*>(to) = make_uint2(two_halves<BFLOAT>(sum.x, sum.y), two_halves<BFLOAT>(sum.z, sum.w));
+    else *to = rounded(sum.x);
   }
 }

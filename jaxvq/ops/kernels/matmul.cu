@@ -11,7 +11,9 @@
 // multiplied by. With many, rows r and r + 8 are two outputs, and a row of x takes one column.
 //
 // Palettes of 16 values are looked up in eight registers, a byte at a time. Vectors are looked up in shared memory, in
-// as many COPIES as let lanes read without waiting for each other, or in global memory (no copies).
+// as many COPIES as let lanes read without waiting for each other, or in global memory (no copies). Evenly spaced
+// levels without groups are whole numbers around zero in there, which 16-bit floats hold exactly; products with ones
+// are the sums of x, and the scale and zero point of an output follow at the end.
 //
 // The K_WARPS of a block share the input side and add up at the end, in a fixed order. With EXPAND nothing is added up:
 // K_BLOCKS share the input side, and each of the 32 lanes has outputs of its own, so that a warp writes long rows.
@@ -19,14 +21,19 @@
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit
 // type of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0
 // for none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
-// their way), BLOCKS (at once on a processor), SPLIT, EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it.
+// their way), BLOCKS (at once on a processor), SPLIT, HALVED (the last of the OUT_WARPS has half as many outputs),
+// EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it.
 
 #include "codes.cuh"
 
 static_assert(EXPAND || (LANES == 8 && K_BLOCKS == 1), "a product of tiles has 8 rows, and a block adds up");
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
+constexpr bool WHOLE = AFFINE && !GROUPED && !EXPAND;
+constexpr int MIDDLE = 1 << (BITS - 1);
+constexpr bool CROSSED = WHOLE && BITS == 4;  // pairs of values are 0 and 4, 1 and 5, 2 and 6, 3 and 7
 constexpr int TURNS = (UNITS + SHARES * SPAN - 1) / (SHARES * SPAN) * SPAN;
 constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (SHARES * SPAN) == 0;
+constexpr int SUMS_ROW = BLOCK_OUTS + 4;  // the quads then write to other banks
 constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : (COLUMNS + 1) / 2;
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int LANES_APART = COPIES > 0 ? COPIES : 1;  // lanes that read copies of their own
@@ -45,6 +52,39 @@ __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two whole numbers, which are the last bits of 16-bit floats of 128 or 1024, around zero.
+__device__ __forceinline__ unsigned around_zero(unsigned both) {
+  unsigned result;
+  if constexpr (BFLOAT)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(both), "r"(0x3f803f80), "r"((0xc300u + MIDDLE) * 0x10001));
+  else asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(both), "r"((0xe400u + MIDDLE) * 0x10001));
+  return result;
+}
+
+// `(a & mask) | more`, for which the compiler would take two instructions.
+__device__ __forceinline__ unsigned masked_or(unsigned a, unsigned mask, unsigned more) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(more));
+  return result;
+}
+
+// The upper half of `a`, whose nibbles are below 8. The unit that shifts has all the rest to do, so it is moved by an
+// addition of 16-bit floats: with such nibbles it is a number, which adding nothing leaves as it is.
+__device__ __forceinline__ unsigned upper_half(unsigned a) {
+  unsigned result;
+  asm("{.reg .b16 low, high; .reg .b32 twice; mov.b32 {low, high}, %1; mov.b32 twice, {high, high};"
+      "add.rn.f16x2 %0, twice, %2;}"
+      : "=r"(result)
+      : "r"(a), "r"(0));
+  return result;
+}
+
+__device__ __forceinline__ uint4 crossed(uint4 x) {
+  if constexpr (!CROSSED) return x;
+  return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),
+                    __byte_perm(x.y, x.w, 0x7632));
 }
 
 // Writes the palettes of COUNT outputs, shared out among `threads`: for each output the lower bytes of sixteen 16-bit
@@ -97,6 +137,13 @@ __device__ __forceinline__ void write_table(unsigned char* table, const Decoder&
   }
 }
 
+// Columns of a warp, known to the compiler.
+template <int N>
+struct Columns {
+  static constexpr int COUNT = N;
+};
+constexpr int HALF = (COLUMNS + 1) / 2;
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     matmul(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
@@ -111,10 +158,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   unsigned char* shared_x = memory + TABLE_BYTES;
   float* shared_sums = reinterpret_cast<float*>(shared_x + X_BYTES);
 
-  float sums[TILES_M][TILES_N][4];
+  float sums[TILES_M][TILES_N][4], sums_of_x[TILES_N][4];
   unsigned codes[SPAN][UNIT_WORDS][LANE_WORDS] = {};
   unsigned entries[COLUMNS][4 * WIDE + 4];
   int first_out = 0;
+  const bool half = HALVED && out_warp == OUT_WARPS - 1;
+  const int columns = half ? HALF : COLUMNS;
 
   constexpr int X_ROW = TURNS * SHARES * UNIT_VALUES;
   const unsigned char* my_x = shared_x + min(row / 2, ROWS - 1) * X_ROW * 2 + row % 2 * 8;
@@ -126,16 +175,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   constexpr int SHARERS = K_BLOCKS * K_WARPS;
   constexpr long long NEXT_PART = ((SHARERS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
   const unsigned* from;
-  auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS; };
-  auto start_of = [&](int block) { return unit_at(words, sharer * PART_TURNS * SHARES + quad, out_of(block)); };
-  auto read = [&](int s, int turn, int block) {
-    read_unit<EXACT>(codes[s], from + s * NEXT_TURN, (turn + s) * SHARES + quad, out_of(block));
+  auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * columns; };
+  auto start_of = [&](int block) {
+    return unit_at(words, sharer * PART_TURNS * SHARES + quad, out_of(block), columns);
+  };
+  auto read = [&](auto mine, int s, int turn, int block) {
+    constexpr int COUNT = decltype(mine)::COUNT;
+    read_unit<EXACT, COUNT>(codes[s], from + s * NEXT_TURN, (turn + s) * SHARES + quad, out_of(block));
   };
 
   // Eight values of one output, two to a register.
   auto decode = [&](int s, int chunk, int column, int stage, int group, unsigned (&values)[4]) {
-    if constexpr (AFFINE) {
-      const int out = first_out + row * COLUMNS + column;
+    if constexpr (WHOLE) {
+      constexpr unsigned BASE = BFLOAT ? 0x43004300 : 0x64006400;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (BITS == 8) {
+          const unsigned word = codes[s][chunk * 2 + i / 2][column], first = i % 2 * 2;
+          if constexpr (BFLOAT) {
+            const float low = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 | first));
+            const float high = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 | (first + 1)));
+            values[i] = two_halves<true>(low - (8388608 + MIDDLE), high - (8388608 + MIDDLE));
+          } else {
+            values[i] = around_zero(__byte_perm(word, BASE, 0x7170 | first * 0x101));
+          }
+        } else if constexpr (BITS == 4) {
+          values[i] = around_zero(masked_or(codes[s][chunk][column] >> 4 * i, 0x000f000f, BASE));
+        } else {
+          values[i] = around_zero(field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i) * BITS, 0) |
+                                  field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i + 1) * BITS, 16) | BASE);
+        }
+      }
+    } else if constexpr (AFFINE) {
+      const int out = first_out + row * columns + column;
       const float step = decoder.scale(group, out), zero = decoder.zero(group, out);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -151,17 +223,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       unsigned mine[UNIT_WORDS];
 #pragma unroll
       for (int i = 0; i < UNIT_WORDS; ++i) mine[i] = codes[s][i][column];
-      const unsigned all = nibbles(mine, chunk), lower = WIDE ? all & 0x77777777 : all;
-      const unsigned upper = WIDE ? (all >> 1 & 0x44444444) | 0x32103210 : 0;
+      // A selector of four bytes is half a register.
+      const unsigned all = nibbles(mine, chunk), below = WIDE ? all & 0x77777777 : all;
+      const unsigned above = WIDE ? masked_or(all >> 1, 0x44444444, 0x32103210) : 0;
+      const unsigned lower[2] = {below, upper_half(below)}, upper[2] = {above, upper_half(above)};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         unsigned bytes[2];
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const unsigned* from = entries[column] + b * (WIDE ? 4 : 2);
-          bytes[b] = permuted(from[0], from[1], lower >> half * 16);
-          if constexpr (WIDE)
-            bytes[b] = permuted(bytes[b], permuted(from[2], from[3], lower >> half * 16), upper >> half * 16);
+          bytes[b] = permuted(from[0], from[1], lower[half]);
+          if constexpr (WIDE) bytes[b] = permuted(bytes[b], permuted(from[2], from[3], lower[half]), upper[half]);
         }
         values[half * 2] = permuted(bytes[0], bytes[1], 0x5140),
                       values[half * 2 + 1] = permuted(bytes[0], bytes[1], 0x7362);
@@ -210,7 +283,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
 
-  auto use = [&](int s, int turn) {
+  auto use = [&](auto mine, int s, int turn) {
+    constexpr int TOGETHER = SPLIT ? 1 : 2;  // columns of a tile
+    constexpr int TILES = (decltype(mine)::COUNT + TOGETHER - 1) / TOGETHER;
     const int unit = turn * SHARES + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
 #pragma unroll
     for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
@@ -241,27 +316,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
             b[0][0] = two.x, b[0][1] = two.y;
           } else {
-            const uint4 all = eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8);
+            const uint4 all =
+                crossed(eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8));
             b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
           }
+        if constexpr (WHOLE) {
+          constexpr unsigned ONES = BFLOAT ? 0x3f803f80 : 0x3c003c00;
+#pragma unroll
+          for (int tile = 0; tile < TILES_N; ++tile)
+#pragma unroll
+            for (int i = 0; i < (SPLIT ? 2 : 4); i += 2)
+              multiply(sums_of_x[tile], ONES, ONES, ONES, ONES, b[tile][i], b[tile][i + 1]);
+        }
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
-          unsigned a[COLUMNS + COLUMNS % 2][4] = {};
 #pragma unroll
-          for (int column = 0; column < COLUMNS; ++column) {
-            decode(s, chunk, column, stage, group, a[column]);
-            if constexpr (SPLIT)
-              multiply(sums[column][0], a[column][0], a[column][1], a[column][2], a[column][3], b[0][0], b[0][1]);
-          }
-          if constexpr (!SPLIT)
+          for (int t = 0; t < TILES; ++t) {
+            unsigned a[TOGETHER][4] = {};
 #pragma unroll
-            for (int i = 0; i < 4; i += 2)
+            for (int i = 0; i < TOGETHER; ++i)
+              if (TOGETHER * t + i < COLUMNS) decode(s, chunk, TOGETHER * t + i, stage, group, a[i]);
+            if constexpr (SPLIT) multiply(sums[t][0], a[0][0], a[0][1], a[0][2], a[0][3], b[0][0], b[0][1]);
+            else
 #pragma unroll
-              for (int t = 0; t < TILES_M; ++t)
+              for (int i = 0; i < 4; i += 2)
 #pragma unroll
                 for (int tile = 0; tile < TILES_N; ++tile)
-                  multiply(sums[t][tile], a[2 * t][i], a[2 * t + 1][i], a[2 * t][i + 1], a[2 * t + 1][i + 1],
-                           b[tile][i], b[tile][i + 1]);
+                  multiply(sums[t][tile], a[0][i], a[TOGETHER - 1][i], a[0][i + 1], a[TOGETHER - 1][i + 1], b[tile][i],
+                           b[tile][i + 1]);
+          }
         }
       }
     }
@@ -282,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const uint4 all = *reinterpret_cast<const uint4*>(palettes + (row * COLUMNS + c) * 32 + b * 16);
+        const uint4 all = *reinterpret_cast<const uint4*>(palettes + (row * columns + c) * 32 + b * 16);
         unsigned* to = entries[c] + b * (WIDE ? 4 : 2);
         to[0] = all.x, to[1] = all.y;
         if constexpr (WIDE) to[2] = all.z, to[3] = all.w;
@@ -292,13 +375,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   from = start_of(first_block);
 #pragma unroll
   for (int s = 0; s < SPAN; ++s)
-    if (sharer * PART_TURNS < TURNS) read(s, sharer * PART_TURNS, first_block);
+    if (sharer * PART_TURNS < TURNS) {
+      if (half) read(Columns<HALF>(), s, sharer * PART_TURNS, first_block);
+      else read(Columns<COLUMNS>(), s, sharer * PART_TURNS, first_block);
+    }
   if constexpr (TABLE) write_table(memory, decoder);
   // Few rows of x are in shared memory, pairs 0 and 2 of eight values before pairs 1 and 3.
   if constexpr (X_BYTES > 0) {
 #pragma unroll 2
     for (int i = threadIdx.x; i < X_BYTES / 16; i += THREADS) {
-      const uint4 all = eight_inputs<EXACT>(x, i / (X_ROW / 8), i % (X_ROW / 8) * 8);
+      const uint4 all = crossed(eight_inputs<EXACT>(x, i / (X_ROW / 8), i % (X_ROW / 8) * 8));
       *reinterpret_cast<uint4*>(shared_x + i * 16) = make_uint4(all.x, all.z, all.y, all.w);
     }
   }
@@ -312,42 +398,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int tile = 0; tile < TILES_N; ++tile)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[t][tile][i] = 0;
+#pragma unroll
+    for (int tile = 0; tile < TILES_N; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums_of_x[tile][i] = 0;
+    float steps[COLUMNS], zeros_of[COLUMNS];
+    if constexpr (WHOLE)
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        steps[c] = decoder.scale(0, first_out + row * columns + c);
+        zeros_of[c] = decoder.zero(0, first_out + row * columns + c) - MIDDLE;
+      }
     const int next = block + blocks;
     const bool more = next < BLOCKS_OF_OUTS;
     if constexpr (PALETTE && !GROUPED) load_palettes(0);
+    auto go_through = [&](auto mine) {
 #pragma unroll 1
-    for (int turn = sharer * PART_TURNS; turn < TURNS;) {
-      if constexpr (PALETTE && GROUPED)
-        if (turn % PART_TURNS == 0) load_palettes(turn / PART_TURNS);
-      const bool part_ends = (turn + SPAN) % PART_TURNS == 0;
-      const int following = turn + SPAN + (part_ends ? (SHARERS - 1) * PART_TURNS : 0);
-      const bool last = following >= TURNS;
-      from = last ? start_of(next) : from + (part_ends ? NEXT_PART : SPAN * NEXT_TURN);
+      for (int turn = sharer * PART_TURNS; turn < TURNS;) {
+        if constexpr (PALETTE && GROUPED)
+          if (turn % PART_TURNS == 0) load_palettes(turn / PART_TURNS);
+        const bool part_ends = (turn + SPAN) % PART_TURNS == 0;
+        const int following = turn + SPAN + (part_ends ? (SHARERS - 1) * PART_TURNS : 0);
+        const bool last = following >= TURNS;
+        from = last ? start_of(next) : from + (part_ends ? NEXT_PART : SPAN * NEXT_TURN);
 #pragma unroll
-      for (int s = 0; s < SPAN; ++s) {
-        use(s, turn + s);
-        if (!last || more) read(s, last ? sharer * PART_TURNS : following, last ? next : block);
+        for (int s = 0; s < SPAN; ++s) {
+          use(mine, s, turn + s);
+          if (!last || more) read(mine, s, last ? sharer * PART_TURNS : following, last ? next : block);
+        }
+        turn = following;
       }
-      turn = following;
-    }
+    };
+    if (half) go_through(Columns<HALF>());
+    else go_through(Columns<COLUMNS>());
     if constexpr (!EXPAND) {
 #pragma unroll
       for (int t = 0; t < TILES_M; ++t)
 #pragma unroll
         for (int tile = 0; tile < TILES_N; ++tile) {
-          float* to = shared_sums + k_warp * ROWS * BLOCK_OUTS + out_warp * OUTS + row * COLUMNS;
+          float* to = shared_sums + k_warp * ROWS * SUMS_ROW + out_warp * OUTS + row * columns;
           if constexpr (SPLIT) {
-            if (quad < ROWS) to[quad * BLOCK_OUTS + t] = sums[t][tile][0] + sums[t][tile][3];
+            float sum = sums[t][tile][0] + sums[t][tile][3];
+            if constexpr (WHOLE) sum = steps[t] * (sum - zeros_of[t] * (sums_of_x[0][0] + sums_of_x[0][3]));
+            if (quad < ROWS && t < columns) to[quad * SUMS_ROW + t] = sum;
           } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int n = tile * 8 + 2 * quad + i % 2, c = 2 * t + i / 2;
-              if (n < ROWS && c < COLUMNS) to[n * BLOCK_OUTS + c] = sums[t][tile][i];
+            for (int i = 0; i < 2; ++i) {
+              const int n = tile * 8 + 2 * quad + i;
+              float two[2] = {sums[t][tile][i], sums[t][tile][i + 2]};
+              if constexpr (WHOLE)
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                  two[j] = steps[2 * t + j] * (two[j] - zeros_of[2 * t + j] * sums_of_x[tile][i]);
+              if (n < ROWS && 2 * t < columns)
+                *reinterpret_cast<float2*>(to + n * SUMS_ROW + 2 * t) = make_float2(two[0], two[1]);
             }
           }
         }
       __syncthreads();
-      write_products(y, shared_sums, block * BLOCK_OUTS);
+      write_products<SUMS_ROW>(y, shared_sums, block * BLOCK_OUTS);
       __syncthreads();
     }
   }

@@ -11,8 +11,8 @@
 // codes come by a ring of SPAN parts of shared memory.
 //
 // Vectors and x are float16 in there, scaled by powers of two: vectors to values below 64 by the largest finite one of
-// the codebook (those below 2**-30 of it count as zero), x to less than 8 by its largest value in a block's part. So are
-// their inner products; at most eight are added up in float16, and those sums in float32.
+// the codebook (those below 2**-30 of it count as zero), x to less than 8 by its largest value in a block's part. So
+// are their inner products; at most eight are added up in float16, and those sums in float32.
 //
 // Source: the distances by tables of Jégou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search", IEEE
 // TPAMI 33(1), 2011.
