@@ -239,7 +239,10 @@ def _columns(problem: Problem) -> int:
 
 
 def _by_pairs(problem: Problem) -> Tiles:
-    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
+    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors.
+
+    With four columns a thread reads x for twice as many codes; one row only, if no processor has more to do for it.
+    """
     words, codes = problem.unit
     columns, lanes, k_warps = 2, 32, 16
     while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * columns * lanes:
@@ -248,6 +251,11 @@ def _by_pairs(problem: Problem) -> Tiles:
     units_of_lane = -(-problem.w.codes.length // (codes * k_warps * (32 // lanes)))
     span = min(4 if words == 1 else 2, units_of_lane)
     tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes)
+    wide = dataclasses.replace(tiles, columns=4, blocks=1)
+    most, most_if_wide = (math.ceil(problem.outputs / way.outs / PROCESSORS) * way.outs for way in (tiles, wide))
+    room = pairs_nbytes(problem, wide) <= cuda.shared_nbytes()
+    if problem.rows == 1 and problem.bits == 4 and lanes == 32 and most_if_wide <= most and room:
+        return wide
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 
@@ -398,7 +406,7 @@ def pairs_nbytes(problem: Problem, tiles: Tiles) -> int:
     part = tiles.k_warps * (32 // tiles.lanes) * tiles.span * codes
     x = -(-problem.w.codes.length // part) * part
     sums = (tiles.k_warps * problem.rows + 2) * tiles.outs
-    return 256 * levels**2 + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
+    return 128 * tiles.columns * levels**2 + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
 
 
 def products_nbytes(problem: Problem, tiles: Tiles) -> int:

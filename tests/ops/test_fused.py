@@ -249,6 +249,16 @@ def test_processors_have_about_the_same_outputs(outputs, outs, fake_compiler, la
     look_at("4-bit palettes", (2048, outputs), look)
 
 
+@pytest.mark.parametrize(("outputs", "columns"), [(4096, 2), (8448, 2), (14336, 4), (16384, 4), (20_000, 2)])
+def test_threads_have_more_outputs_of_a_row_where_no_processor_waits_for_it(outputs, columns, fake_compiler, launches):
+    def look(w):
+        launch = launched(launches, 1, w)
+        assert (launch.name, launch.constants["COLUMNS"]) == ("pairs", columns)
+        assert launched(launches, 2, w).constants["COLUMNS"] == 2
+
+    look_at("4-bit palettes", (2048, outputs), look)
+
+
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
     monkeypatch.setattr(cuda, "has_clusters", lambda: False)
 

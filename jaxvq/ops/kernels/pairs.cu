@@ -2,9 +2,9 @@
 //
 // Two codes that follow each other along the input side are one index into a table of all pairs of values of their
 // output. The tables of a block's outputs lie side by side in shared memory, pair by pair, so that every lane of a warp
-// reads from a bank of its own whatever the codes are. A lane has two neighbouring outputs, in tables half a row apart.
-// If LANES, those with different outputs, are fewer than 32, the others have the same outputs, tables of their own and
-// another part of the input side.
+// reads from a bank of its own whatever the codes are. A lane has COLUMNS neighbouring outputs, two of them in tables
+// half a row apart. If LANES, those with different outputs, are fewer than 32, the others have the same outputs, tables
+// of their own and another part of the input side.
 //
 // Values and x are float16 in there, scaled by powers of two: a palette to entries below 1 (those below 2**-25 of the
 // largest count as zero), x to less than 2048 by its largest value in a warp's part. At most eight products are added
@@ -13,14 +13,15 @@
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
 // ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES,
-// K_WARPS, SPAN (units on their way), BLOCKS (at once on a processor). COLUMNS is 2; all else is as for one palette an
-// output.
+// COLUMNS (2 or 4), K_WARPS, SPAN (units on their way), BLOCKS (at once on a processor). All else is as for one palette
+// an output.
 
 #include "codes.cuh"
 
 constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS;
 constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);  // bytes from a pair to the next
-constexpr int TABLE_BYTES = PAIRS * STRIDE;
+constexpr int TWO_BYTES = PAIRS * STRIDE, TABLE_BYTES = TWO_BYTES * (COLUMNS / 2);  // of two columns, of all
+__device__ constexpr int column_at(int column) { return column / 2 * TWO_BYTES + column % 2 * 128; }
 constexpr int TURNS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN) * SPAN;
 constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES, X_READS = (MY_CODES + 255) / 256;
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
@@ -28,7 +29,8 @@ constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
 constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;
 constexpr int STAGED = LEVELS * OUTS, RAW = (STAGED + THREADS - 1) / THREADS;
 constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a column
-static_assert(COLUMNS == 2 && OUT_WARPS == 1 && K_WARPS % 2 == 0, "all warps of a block share its outputs and tables");
+static_assert(OUT_WARPS == 1 && K_WARPS % COLUMNS == 0, "all warps of a block share its outputs and tables");
+static_assert(COLUMNS % 2 == 0, "two columns to a row of a table");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -72,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     unsigned first[LEVELS];
 #pragma unroll
     for (int code = 0; code < LEVELS; ++code) first[code] = mine[code * OUTS];
-    unsigned char* table = memory + column * 128 + lane * 4;
+    unsigned char* table = memory + column_at(column) + lane * 4;
 #pragma unroll
     for (int i = 0; i < (LEVELS + COLUMN_WARPS - 1) / COLUMN_WARPS; ++i) {
       const int code = warp / COLUMNS + i * COLUMN_WARPS;
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
             offset = permuted(from[at / 32][column], lane * 4, 0x7704 | at % 32 / 8 << 4);
           else offset = field_of<2 * BITS>(from, column, at, SHIFT) | lane * 4;
-          const unsigned values = *reinterpret_cast<const unsigned*>(memory + column * 128 + offset);
+          const unsigned values = *reinterpret_cast<const unsigned*>(memory + column_at(column) + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {
             if (two == 0 && (first_octet + octet) % CHAIN == 0)
