@@ -31,6 +31,7 @@ PALETTE_MOST = 16
 STARTING = 2000  # cycles until a table of inner products can be read, more than until vectors can
 MEETING, MEETING_OF_VECTORS = 3.5, 2.6  # lanes that read from one bank at most, where they read from random places
 TAKING = 16  # outputs that a block could do in the time in which it begins with new ones
+DECLARED_NBYTES = 48 * 1024  # of shared memory that a kernel may declare; more is given to it at launch
 WRITERS = 2 * PROCESSORS  # blocks that write a weight out
 TABLE_NBYTES = 65536  # a table of copies leaves room for a second block of threads
 
@@ -328,7 +329,7 @@ def _by_products(problem: Problem) -> Tiles:
 
 def _by_floats(problem: Problem) -> Tiles:
     """Tiles for `kernels/matmul.cu`: the most copies of its table for which there is room."""
-    span = 1 if problem.unit[0] * problem.stages > 1 else 4 if problem.dim == 1 else 2
+    span = max(1, (4 if problem.dim == 1 else 2) // (problem.unit[0] * problem.stages))
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
     many = problem.outputs >= 64 * PROCESSORS
@@ -448,10 +449,11 @@ def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStru
     decoder = vectors, scale, zero
     operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in decoder)
     parts = math.ceil(problem.outputs / tiles.outs)
+    nbytes = nbytes_of(problem, tiles)
     launch = {
         "blocks": tiles.k_blocks * math.ceil(parts / _takes(problem, tiles)),  # the fewest that take no longer
         "threads": 32 * tiles.k_warps * tiles.out_warps,
-        "shared_nbytes": nbytes_of(problem, tiles),
+        "shared_nbytes": nbytes if nbytes > DECLARED_NBYTES else 0,
         "cluster": 1 if problem.expand else tiles.k_blocks,
     }
     return cuda.launch(tiles.kernel, _constants(problem, tiles, decoder), result, *operands, **launch)
@@ -489,5 +491,6 @@ def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]
         "SPLIT": int(tiles.split),
         "K_BLOCKS": tiles.k_blocks,
         "HALVED": int(tiles.halved),
+        "SHARED_NBYTES": nbytes_of(problem, tiles),
         "TAKES": _takes(problem, tiles),
     }

@@ -24,6 +24,14 @@ constexpr int SHARES = 32 / LANES;  // lanes with the same outputs, which take t
 constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS - HALVED * OUTS / 2;  // of a warp, of a block
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 
+// Shared memory of SHARED_NBYTES. What may be declared is: for kernels that are given some at launch XLA has the chip
+// make nearly all of its cache shared memory, and x no longer stays in the cache.
+#if SHARED_NBYTES > 49152
+#define SHARED_MEMORY extern __shared__ __align__(16) unsigned char memory[]
+#else
+#define SHARED_MEMORY __shared__ __align__(16) unsigned char memory[SHARED_NBYTES > 0 ? SHARED_NBYTES : 1]
+#endif
+
 __device__ __forceinline__ float float_of(unsigned short half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));

@@ -147,7 +147,7 @@ constexpr int HALF = (COLUMNS + 1) / 2;
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     matmul(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  SHARED_MEMORY;
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % SHARES, row = lane / SHARES;
   const int warp = threadIdx.x / 32, k_warp = warp % K_WARPS, out_warp = OUT_WARPS == 1 ? 0 : warp / K_WARPS;

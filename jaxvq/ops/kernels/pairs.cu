@@ -36,7 +36,7 @@ static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  SHARED_MEMORY;
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = lane / LANES;
   unsigned short* shared_x = reinterpret_cast<unsigned short*>(memory + TABLE_BYTES);
