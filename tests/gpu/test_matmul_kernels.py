@@ -11,8 +11,9 @@ import pytest
 
 from jaxvq.array import combine, partition
 from jaxvq.bits import unpack
-from jaxvq.ops import cuda, fused
+from jaxvq.ops import cuda, fused, schedule
 from jaxvq.ops.matmul import matmul
+from jaxvq.ops.problem import Problem
 from tests.ops.matmul_cases import FORMATS, PALETTES, ROWS, SHAPES, VECTORS, inputs, relative_error, weight
 
 pytestmark = [
@@ -65,8 +66,8 @@ def test_products_have_the_digits_of_their_dtype(name, shape):
 @pytest.mark.parametrize("name", FORMATS)
 def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
     """As if there were one processor, which takes turns like those of a large GPU with large weights."""
-    monkeypatch.setattr(fused, "PROCESSORS", 1)
-    monkeypatch.setattr(fused, "CLUSTERS", {1: 1})
+    monkeypatch.setattr(schedule, "PROCESSORS", 1)
+    monkeypatch.setattr(schedule, "CLUSTERS", {1: 1})
     w = weight(name, shape)
     for rows in (1, 2, 4, 16, 20) if fused.reason(1, shape[0], jnp.bfloat16, w) is None else ():
         x = inputs(rows, shape[0], "bfloat16")
@@ -80,11 +81,11 @@ TABLES += ["1 x 7 bits, d=4, 100 entries", "1 x 11 bits, d=8", "3 x 9 bits, d=8"
 @pytest.fixture
 def tables(monkeypatch):
     """As if tables of inner products were ready at once, so that small weights have them too."""
-    monkeypatch.setattr(fused, "STARTING", -math.inf)
+    monkeypatch.setattr(schedule, "STARTING", -math.inf)
 
 
 def by_table(x, w):
-    assert fused.choose(fused.Problem(x.shape[0], x.shape[1], x.dtype, w)).kernel == "products"
+    assert schedule.choose(Problem(x.shape[0], x.shape[1], x.dtype, w)).kernel == "products"
     return traced_anew(x, w)
 
 
@@ -95,7 +96,7 @@ def test_tables_of_inner_products(name, shape, tables, monkeypatch):
     for dtype, most in MOST.items():
         x = inputs(1, shape[0], dtype)
         assert digits_lost(by_table(x, w), x, w) < most, dtype
-    monkeypatch.setattr(fused, "CLUSTERS", {1: 1, 2: 1, 4: 1, 8: 1})  # takes turns like those of large weights
+    monkeypatch.setattr(schedule, "CLUSTERS", {1: 1, 2: 1, 4: 1, 8: 1})  # takes turns like those of large weights
     assert digits_lost(by_table(x, w), x, w) < most
     monkeypatch.setattr(cuda, "has_clusters", lambda: False)
     assert digits_lost(by_table(x, w), x, w) < most

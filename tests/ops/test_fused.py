@@ -21,8 +21,9 @@ import jaxvq.ops.matmul as door
 from jaxvq.array import Affine, Codebook, QuantizedArray
 from jaxvq.bits import PackedCodes, word_count
 from jaxvq.layout import Layout
-from jaxvq.ops import cuda, fused
+from jaxvq.ops import cuda, fused, schedule
 from jaxvq.ops.matmul import matmul, supports
+from jaxvq.ops.problem import Problem
 from tests.ops.matmul_by_hand import weight_by_hand
 from tests.ops.matmul_cases import (
     FORMATS,
@@ -243,8 +244,8 @@ def test_processors_have_about_the_same_outputs(outputs, outs, fake_compiler, la
     """Of the sizes of blocks the one with which the busiest processor has least to do."""
 
     def look(w):
-        assert fused.choose(fused.Problem(16, w.shape[0], jnp.dtype("bfloat16"), w)).outs == outs
-        assert launched(launches, 16, w).blocks <= min(fused.PROCESSORS, -(-outputs // outs))
+        assert schedule.choose(Problem(16, w.shape[0], jnp.dtype("bfloat16"), w)).outs == outs
+        assert launched(launches, 16, w).blocks <= min(schedule.PROCESSORS, -(-outputs // outs))
 
     look_at("4-bit palettes", (2048, outputs), look)
 
@@ -276,12 +277,12 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
 
     def look(w):
         for rows in range(1, 65):
-            problem = fused.Problem(rows, w.shape[0], jnp.dtype("bfloat16"), w)
-            tiles = fused.choose(problem)
+            problem = Problem(rows, w.shape[0], jnp.dtype("bfloat16"), w)
+            tiles = schedule.choose(problem)
             # Few rows must not wait for the weight to be written out.
             assert tiles or rows > 16, (w.shape, rows)
             if tiles is not None:
-                assert fused.nbytes_of(problem, tiles) <= memory, (w.shape, rows)
+                assert schedule.nbytes_of(problem, tiles) <= memory, (w.shape, rows)
                 assert problem.groups == 1 or problem.group_turns % tiles.span == 0, (w.shape, rows)
         for rows in (0, 1, 64, 65):
             launch = launched(launches, rows, w)
@@ -305,11 +306,11 @@ SHARED = {
 @pytest.mark.slow
 @pytest.mark.skipif(cuda.compiler() is None, reason="NVRTC is not installed")
 @pytest.mark.parametrize(
-    ("name", "starting"), [*((name, fused.STARTING) for name in FORMATS), *((name, -math.inf) for name in VECTORS)]
+    ("name", "starting"), [*((name, schedule.STARTING) for name in FORMATS), *((name, -math.inf) for name in VECTORS)]
 )
 def test_kernels_compile_and_use_the_memory_they_are_given(name, starting, launches, monkeypatch, tmp_path):
     """They are compiled with a line more, which compares; vectors also as if tables were ready at once."""
-    monkeypatch.setattr(fused, "STARTING", starting)
+    monkeypatch.setattr(schedule, "STARTING", starting)
     kernels = shutil.copytree(str(importlib.resources.files("jaxvq.ops").joinpath("kernels")), tmp_path / "kernels")
     for kernel, nbytes in SHARED.items():
         with (kernels / f"{kernel}.cu").open("a") as file:
