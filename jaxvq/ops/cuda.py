@@ -69,7 +69,7 @@ def assemble(name: str, constants: tuple[tuple[str, int], ...], architecture: st
     options = [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
-        "--device-as-default-execution-space",
+        "--device-as-default-execution-space",  # for lambdas that take values of any type
         *(f"-D{key}={value}" for key, value in constants),
     ]
     _, program = nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), len(headers), *_texts(headers))

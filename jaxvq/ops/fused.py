@@ -138,5 +138,6 @@ def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]
         "K_BLOCKS": tiles.k_blocks,
         "HALVED": int(tiles.halved),
         "SHARED_NBYTES": nbytes_of(problem, tiles),
+        "DECLARED": int(nbytes_of(problem, tiles) <= DECLARED_NBYTES),
         "TAKES": takes(problem, tiles),
     }

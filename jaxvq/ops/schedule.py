@@ -95,8 +95,8 @@ def _by_pairs(problem: Problem) -> Tiles:
     tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes)
     wide = dataclasses.replace(tiles, columns=4, blocks=1)
     most, most_if_wide = (math.ceil(problem.outputs / way.outs / PROCESSORS) * way.outs for way in (tiles, wide))
-    room = pairs_nbytes(problem, wide) <= cuda.shared_nbytes()
-    if problem.rows == 1 and problem.bits == 4 and lanes == 32 and most_if_wide <= most and room:
+    served = problem.rows == 1 and problem.bits == 4 and lanes == 32 and problem.outputs % 4 == 0
+    if served and most_if_wide <= most and pairs_nbytes(problem, wide) <= cuda.shared_nbytes():
         return wide
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 

@@ -159,11 +159,14 @@ def test_the_kernel_is_what_runs_and_once():
 LEVELS_TOO = ["4-bit palettes", "4 bits", "4 bits, groups"]  # for these, x has all its digits from 1e-32 on
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("name", LEVELS_TOO)
-def test_inputs_that_are_not_finite_show(name):
-    w, x = weight(name, (1024, 96)), inputs(1, 1024, "bfloat16")
-    assert not np.isfinite(np.asarray(matmul(x.at[0, 3].set(jnp.nan), w), "f")).any()
-    assert not np.isfinite(np.asarray(matmul(x.at[0, 3].set(jnp.inf), w), "f")).any()
+def test_inputs_that_are_not_finite_show(name, rows):
+    w, x = weight(name, (1024, 96)), inputs(rows, 1024, "bfloat16")
+    for value in (jnp.nan, jnp.inf):
+        finite = np.isfinite(np.asarray(matmul(x.at[0, 3].set(value), w), "f"))
+        assert not finite[0].any()
+        assert finite[1:].all()
 
 
 def test_entries_that_are_not_finite_show_where_they_are_used():
@@ -195,10 +198,21 @@ def test_sums_that_only_grow():
 )
 def test_rows_of_very_different_sizes(name, scale):
     w = weight(name, (1024, 96))
-    x = (inputs(2, 1024, "float32") * jnp.array([[1.0], [scale]], jnp.float32)).astype(jnp.bfloat16)
-    got, plain = np.asarray(matmul(x, w), np.float64), expected(x, w)
-    assert relative_error(got[0], plain[0]) < 4e-3
-    assert np.abs(got[1] - plain[1]).max() <= 4e-3 * np.abs(plain[1]).max() + 1e-37
+    for rows in (2, 3):  # served by two kernels
+        sizes = jnp.array([1.0] * (rows - 1) + [scale], jnp.float32)
+        x = (inputs(rows, 1024, "float32") * sizes[:, None]).astype(jnp.bfloat16)
+        got, plain = np.asarray(matmul(x, w), np.float64), expected(x, w)
+        assert relative_error(got[:-1], plain[:-1]) < 4e-3
+        assert np.abs(got[-1] - plain[-1]).max() <= 4e-3 * np.abs(plain[-1]).max() + 1e-37
+
+
+@pytest.mark.parametrize("zero_point", [-1e6, 300.0])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_levels_far_from_zero(bits, rows, zero_point):
+    w, x = weight(f"{bits} bits", (1024, 96)), inputs(rows, 1024, "bfloat16")
+    w = dataclasses.replace(w, decoder=dataclasses.replace(w.decoder, zero_point=jnp.full((1, 96, 1), zero_point)))
+    assert digits_lost(matmul(x, w), x, w) < 4e-3
 
 
 @pytest.mark.parametrize("name", ["4-bit palettes", "3-bit palettes"])

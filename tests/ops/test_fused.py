@@ -286,7 +286,7 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
                 assert problem.groups == 1 or problem.group_turns % tiles.span == 0, (w.shape, rows)
         for rows in (0, 1, 64, 65):
             launch = launched(launches, rows, w)
-            assert launch.shared_nbytes <= launch.constants["SHARED_NBYTES"] <= memory
+            assert launch.constants["SHARED_NBYTES"] <= memory
             assert problem.groups == 1 or problem.group_turns % launch.constants["SPAN"] == 0
 
     for shape in LARGE:
@@ -323,11 +323,9 @@ def test_kernels_compile_and_use_the_memory_they_are_given(name, starting, launc
         assembly = cuda.assemble.__wrapped__(launch.name, tuple(sorted(launch.constants.items())), architecture)
         assert f".entry {launch.name}(" in assembly
         nbytes = launch.constants["SHARED_NBYTES"]
-        if nbytes > 48 * 1024:
-            assert launch.shared_nbytes == nbytes
-        else:  # declared, if any is used
-            assert launch.shared_nbytes == 0
-            assert nbytes == 0 or f"[{nbytes}];" in assembly
+        declared = nbytes <= 48 * 1024
+        assert launch.shared_nbytes == (0 if declared else nbytes)
+        assert (f"[{nbytes}];" in assembly) == (declared and nbytes > 0)
 
     for shape, rows in SIZES:
         look_at(name, shape, functools.partial(look, rows=rows))

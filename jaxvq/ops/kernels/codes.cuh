@@ -24,12 +24,12 @@ constexpr int SHARES = 32 / LANES;  // lanes with the same outputs, which take t
 constexpr int OUTS = LANES * COLUMNS, BLOCK_OUTS = OUTS * OUT_WARPS - HALVED * OUTS / 2;  // of a warp, of a block
 constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 
-// Shared memory of SHARED_NBYTES. What may be declared is: for kernels that are given some at launch XLA has the chip
-// make nearly all of its cache shared memory, and x no longer stays in the cache.
-#if SHARED_NBYTES > 49152
-#define SHARED_MEMORY extern __shared__ __align__(16) unsigned char memory[]
-#else
+// Shared memory of SHARED_NBYTES, DECLARED if so much may be: for kernels that are given some at launch XLA has the
+// chip make nearly all of its cache shared memory, and x no longer stays in the cache.
+#if DECLARED
 #define SHARED_MEMORY __shared__ __align__(16) unsigned char memory[SHARED_NBYTES > 0 ? SHARED_NBYTES : 1]
+#else
+#define SHARED_MEMORY extern __shared__ __align__(16) unsigned char memory[]
 #endif
 
 __device__ __forceinline__ float float_of(unsigned short half) {
@@ -233,11 +233,11 @@ struct Decoder {
 };
 
 // Adds up what the warps that share the input side have put into `sums`, rows of ROW, in a fixed order, and writes the
-// products of a block of outputs; where each thread has many, four together.
+// products of a block of outputs; where each thread has many, four together. `sums` begin at a multiple of 16 bytes.
 template <int ROW = BLOCK_OUTS>
 __device__ __forceinline__ void write_products(unsigned short* y, const float* sums, int first_out) {
   constexpr bool MANY = ROWS * BLOCK_OUTS > 2 * THREADS;
-  constexpr int TOGETHER = MANY && BLOCK_OUTS % 4 == 0 && OUTPUTS % 4 == 0 ? 4 : 1;
+  constexpr int TOGETHER = MANY && BLOCK_OUTS % 4 == 0 && ROW % 4 == 0 && OUTPUTS % 4 == 0 ? 4 : 1;
 #pragma unroll 1
   for (int i = threadIdx.x * TOGETHER; i < ROWS * BLOCK_OUTS; i += THREADS * TOGETHER) {
     const int n = i / BLOCK_OUTS, out = first_out + i % BLOCK_OUTS;

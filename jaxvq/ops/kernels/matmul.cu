@@ -12,8 +12,8 @@
 //
 // Palettes of 16 values are looked up in eight registers, a byte at a time. Vectors are looked up in shared memory, in
 // as many COPIES as let lanes read without waiting for each other, or in global memory (no copies). Evenly spaced
-// levels without groups are whole numbers around zero in there, which 16-bit floats hold exactly; products with ones
-// are the sums of x, and the scale and zero point of an output follow at the end.
+// levels without groups are multiples of a power of two from -1 to 1 in there, which 16-bit floats hold exactly;
+// products with ones are the sums of x, and the scale and zero point of an output follow at the end.
 //
 // The K_WARPS of a block share the input side and add up at the end, in a fixed order. With EXPAND nothing is added up:
 // K_BLOCKS share the input side, and each of the 32 lanes has outputs of its own, so that a warp writes long rows.
@@ -22,19 +22,20 @@
 // type of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0
 // for none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
 // their way), BLOCKS (at once on a processor), SPLIT, HALVED (the last of the OUT_WARPS has half as many outputs),
-// EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it.
+// EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it; SHARED_NBYTES, DECLARED.
 
 #include "codes.cuh"
 
 static_assert(EXPAND || (LANES == 8 && K_BLOCKS == 1), "a product of tiles has 8 rows, and a block adds up");
+static_assert(COLUMNS % 2 == 0 && (!HALVED || (COLUMNS == 4 && !EXPAND)), "sums are written two at a time");
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
-constexpr bool WHOLE = AFFINE && !GROUPED && !EXPAND;
-constexpr int MIDDLE = 1 << (BITS - 1);
-constexpr bool CROSSED = WHOLE && BITS == 4;  // pairs of values are 0 and 4, 1 and 5, 2 and 6, 3 and 7
+constexpr bool CENTERED = AFFINE && !GROUPED && !EXPAND;
+constexpr int MIDDLE = 1 << (BITS - 1);          // the code that becomes zero; code zero becomes -1
+constexpr bool CROSSED = CENTERED && BITS == 4;  // pairs of values are 0 and 4, 1 and 5, 2 and 6, 3 and 7
 constexpr int TURNS = (UNITS + SHARES * SPAN - 1) / (SHARES * SPAN) * SPAN;
 constexpr bool EXACT = LENGTH * DIM == INPUTS && UNITS * UNIT_VALUES == INPUTS && UNITS % (SHARES * SPAN) == 0;
 constexpr int SUMS_ROW = BLOCK_OUTS + 4;  // the quads then write to other banks
-constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : (COLUMNS + 1) / 2;
+constexpr int TILES_N = SPLIT ? 1 : (ROWS + 7) / 8, TILES_M = SPLIT ? COLUMNS : COLUMNS / 2;
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int LANES_APART = COPIES > 0 ? COPIES : 1;  // lanes that read copies of their own
 constexpr int CELL = DIM * 2,
@@ -54,12 +55,16 @@ __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Two whole numbers, which are the last bits of 16-bit floats of 128 or 1024, around zero.
-__device__ __forceinline__ unsigned around_zero(unsigned both) {
+// Two codes, which are the last bits of 16-bit floats of 128 or 1024, less MIDDLE and divided by it.
+__device__ __forceinline__ unsigned centered(unsigned both) {
   unsigned result;
-  if constexpr (BFLOAT)
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(both), "r"(0x3f803f80), "r"((0xc300u + MIDDLE) * 0x10001));
-  else asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(both), "r"((0xe400u + MIDDLE) * 0x10001));
+  if constexpr (BFLOAT) {
+    constexpr unsigned INVERSE = 0x3f80 - ((BITS - 1) << 7), LESS = 0xc300 + MIDDLE - ((BITS - 1) << 7);
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(both), "r"(INVERSE * 0x10001), "r"(LESS * 0x10001));
+  } else {
+    constexpr unsigned INVERSE = 0x3c00 - ((BITS - 1) << 10), LESS = 0xe400 + MIDDLE - ((BITS - 1) << 10);
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(both), "r"(INVERSE * 0x10001), "r"(LESS * 0x10001));
+  }
   return result;
 }
 
@@ -142,7 +147,7 @@ template <int N>
 struct Columns {
   static constexpr int COUNT = N;
 };
-constexpr int HALF = (COLUMNS + 1) / 2;
+constexpr int HALF = COLUMNS / 2;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     matmul(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
@@ -186,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   // Eight values of one output, two to a register.
   auto decode = [&](int s, int chunk, int column, int stage, int group, unsigned (&values)[4]) {
-    if constexpr (WHOLE) {
+    if constexpr (CENTERED) {
       constexpr unsigned BASE = BFLOAT ? 0x43004300 : 0x64006400;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -195,15 +200,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if constexpr (BFLOAT) {
             const float low = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 | first));
             const float high = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 | (first + 1)));
-            values[i] = two_halves<true>(low - (8388608 + MIDDLE), high - (8388608 + MIDDLE));
+            constexpr float INVERSE = 1.f / MIDDLE, LESS = (8388608.f + MIDDLE) * INVERSE;
+            values[i] = two_halves<true>(fmaf(low, INVERSE, -LESS), fmaf(high, INVERSE, -LESS));
           } else {
-            values[i] = around_zero(__byte_perm(word, BASE, 0x7170 | first * 0x101));
+            values[i] = centered(__byte_perm(word, BASE, 0x7170 | first * 0x101));
           }
         } else if constexpr (BITS == 4) {
-          values[i] = around_zero(masked_or(codes[s][chunk][column] >> 4 * i, 0x000f000f, BASE));
+          values[i] = centered(masked_or(codes[s][chunk][column] >> 4 * i, 0x000f000f, BASE));
         } else {
-          values[i] = around_zero(field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i) * BITS, 0) |
-                                  field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i + 1) * BITS, 16) | BASE);
+          values[i] = centered(field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i) * BITS, 0) |
+                               field_of<BITS>(codes[s], column, (chunk * 8 + 2 * i + 1) * BITS, 16) | BASE);
         }
       }
     } else if constexpr (AFFINE) {
@@ -228,16 +234,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const unsigned above = WIDE ? masked_or(all >> 1, 0x44444444, 0x32103210) : 0;
       const unsigned lower[2] = {below, upper_half(below)}, upper[2] = {above, upper_half(above)};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int side = 0; side < 2; ++side) {
         unsigned bytes[2];
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const unsigned* from = entries[column] + b * (WIDE ? 4 : 2);
-          bytes[b] = permuted(from[0], from[1], lower[half]);
-          if constexpr (WIDE) bytes[b] = permuted(bytes[b], permuted(from[2], from[3], lower[half]), upper[half]);
+          bytes[b] = permuted(from[0], from[1], lower[side]);
+          if constexpr (WIDE) bytes[b] = permuted(bytes[b], permuted(from[2], from[3], lower[side]), upper[side]);
         }
-        values[half * 2] = permuted(bytes[0], bytes[1], 0x5140),
-                      values[half * 2 + 1] = permuted(bytes[0], bytes[1], 0x7362);
+        values[side * 2] = permuted(bytes[0], bytes[1], 0x5140),
+                      values[side * 2 + 1] = permuted(bytes[0], bytes[1], 0x7362);
       }
     } else {
       constexpr int SHIFT = TABLE ? log2_of(STRIDE) : 0;
@@ -285,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   auto use = [&](auto mine, int s, int turn) {
     constexpr int TOGETHER = SPLIT ? 1 : 2;  // columns of a tile
-    constexpr int TILES = (decltype(mine)::COUNT + TOGETHER - 1) / TOGETHER;
+    constexpr int TILES = decltype(mine)::COUNT / TOGETHER;
     const int unit = turn * SHARES + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
 #pragma unroll
     for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
@@ -320,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 crossed(eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8));
             b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
           }
-        if constexpr (WHOLE) {
+        if constexpr (CENTERED) {
           constexpr unsigned ONES = BFLOAT ? 0x3f803f80 : 0x3c003c00;
 #pragma unroll
           for (int tile = 0; tile < TILES_N; ++tile)
@@ -334,8 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           for (int t = 0; t < TILES; ++t) {
             unsigned a[TOGETHER][4] = {};
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i)
-              if (TOGETHER * t + i < COLUMNS) decode(s, chunk, TOGETHER * t + i, stage, group, a[i]);
+            for (int i = 0; i < TOGETHER; ++i) decode(s, chunk, TOGETHER * t + i, stage, group, a[i]);
             if constexpr (SPLIT) multiply(sums[t][0], a[0][0], a[0][1], a[0][2], a[0][3], b[0][0], b[0][1]);
             else
 #pragma unroll
@@ -365,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const uint4 all = *reinterpret_cast<const uint4*>(palettes + (row * columns + c) * 32 + b * 16);
+        const uint4 all =
+            *reinterpret_cast<const uint4*>(palettes + (row * columns + min(c, columns - 1)) * 32 + b * 16);
         unsigned* to = entries[c] + b * (WIDE ? 4 : 2);
         to[0] = all.x, to[1] = all.y;
         if constexpr (WIDE) to[2] = all.z, to[3] = all.w;
@@ -403,11 +409,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums_of_x[tile][i] = 0;
     float steps[COLUMNS], zeros_of[COLUMNS];
-    if constexpr (WHOLE)
+    if constexpr (CENTERED)
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
-        steps[c] = decoder.scale(0, first_out + row * columns + c);
-        zeros_of[c] = decoder.zero(0, first_out + row * columns + c) - MIDDLE;
+        steps[c] = decoder.scale(0, first_out + row * columns + c) * MIDDLE;
+        zeros_of[c] = decoder.zero(0, first_out + row * columns + c) / MIDDLE - 1;
       }
     const int next = block + blocks;
     const bool more = next < BLOCKS_OF_OUTS;
@@ -439,14 +445,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           float* to = shared_sums + k_warp * ROWS * SUMS_ROW + out_warp * OUTS + row * columns;
           if constexpr (SPLIT) {
             float sum = sums[t][tile][0] + sums[t][tile][3];
-            if constexpr (WHOLE) sum = steps[t] * (sum - zeros_of[t] * (sums_of_x[0][0] + sums_of_x[0][3]));
+            if constexpr (CENTERED) sum = steps[t] * (sum - zeros_of[t] * (sums_of_x[0][0] + sums_of_x[0][3]));
             if (quad < ROWS && t < columns) to[quad * SUMS_ROW + t] = sum;
           } else {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int n = tile * 8 + 2 * quad + i;
               float two[2] = {sums[t][tile][i], sums[t][tile][i + 2]};
-              if constexpr (WHOLE)
+              if constexpr (CENTERED)
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
                   two[j] = steps[2 * t + j] * (two[j] - zeros_of[2 * t + j] * sums_of_x[tile][i]);
