@@ -94,21 +94,22 @@ def _launch(problem: Problem, tiles: Tiles, x: Array, result: jax.ShapeDtypeStru
         vectors, scale = (vectors.astype(jnp.float32) * units).astype(problem.dtype), None
     decoder = vectors, scale, zero
     operands = x, problem.w.codes.words, *(problem.w.codes.words if part is None else part for part in decoder)
-    parts = math.ceil(problem.outputs / tiles.outs)
-    nbytes = nbytes_of(problem, tiles)
+    constants = _constants(problem, tiles, decoder)
     launch = {
-        "blocks": tiles.k_blocks * math.ceil(parts / takes(problem, tiles)),  # the fewest that take no longer
+        # The fewest that take no longer.
+        "blocks": tiles.k_blocks * math.ceil(tiles.parts(problem.outputs) / constants["TAKES"]),
         "threads": 32 * tiles.k_warps * tiles.out_warps,
-        "shared_nbytes": nbytes if nbytes > DECLARED_NBYTES else 0,
+        "shared_nbytes": 0 if constants["DECLARED"] else constants["SHARED_NBYTES"],
         "cluster": 1 if problem.expand else tiles.k_blocks,
     }
-    return cuda.launch(tiles.kernel, _constants(problem, tiles, decoder), result, *operands, **launch)
+    return cuda.launch(tiles.kernel, constants, result, *operands, **launch)
 
 
 def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]) -> dict[str, int]:
     table, scales = problem.blocks
     vectors, _, _ = problem.parts
     types = [0 if part is None else TYPES[part.dtype.name] for part in decoder]
+    nbytes = nbytes_of(problem, tiles)
     if decoder[1] is None:
         scales = 1, 1, 1
     return {
@@ -137,7 +138,7 @@ def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]
         "SPLIT": int(tiles.split),
         "K_BLOCKS": tiles.k_blocks,
         "HALVED": int(tiles.halved),
-        "SHARED_NBYTES": nbytes_of(problem, tiles),
-        "DECLARED": int(nbytes_of(problem, tiles) <= DECLARED_NBYTES),
+        "SHARED_NBYTES": nbytes,
+        "DECLARED": int(nbytes <= DECLARED_NBYTES),
         "TAKES": takes(problem, tiles),
     }

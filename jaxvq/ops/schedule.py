@@ -58,6 +58,10 @@ class Tiles:
         """Outputs of a block of threads."""
         return self.lanes * self.columns * (2 * self.out_warps - self.halved) // 2
 
+    def parts(self, outputs: int) -> int:
+        """Blocks of threads that so many outputs take."""
+        return math.ceil(outputs / self.outs)
+
 
 def choose(problem: Problem) -> Tiles | None:
     """The tiles of the fastest kernel for a product; None where the weight had better be written out."""
@@ -94,7 +98,7 @@ def _by_pairs(problem: Problem) -> Tiles:
     span = min(4 if words == 1 else 2, units_of_lane)
     tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes)
     wide = dataclasses.replace(tiles, columns=4, blocks=1)
-    most, most_if_wide = (math.ceil(problem.outputs / way.outs / PROCESSORS) * way.outs for way in (tiles, wide))
+    most, most_if_wide = (math.ceil(way.parts(problem.outputs) / PROCESSORS) * way.outs for way in (tiles, wide))
     served = problem.rows == 1 and problem.bits == 4 and lanes == 32 and problem.outputs % 4 == 0
     if served and most_if_wide <= most and pairs_nbytes(problem, wide) <= cuda.shared_nbytes():
         return wide
@@ -207,7 +211,7 @@ def for_writing(problem: Problem) -> Tiles:
     tiles = Tiles("matmul", 4, 8, 1, span, 2, 32, _copies(problem))
     # Warps share out whole groups, or else what is on its way.
     turns = problem.groups if problem.groups > 1 else math.ceil(problem.units / span)
-    k_blocks = math.ceil(WRITERS / math.ceil(problem.outputs / tiles.outs))
+    k_blocks = math.ceil(WRITERS / tiles.parts(problem.outputs))
     k_blocks = max(1, min(k_blocks, turns // tiles.k_warps))
     return _with_room(dataclasses.replace(tiles, k_blocks=k_blocks), matmul_nbytes(problem, tiles))
 
@@ -266,7 +270,7 @@ def products_nbytes(problem: Problem, tiles: Tiles) -> int:
 def takes(problem: Problem, tiles: Tiles) -> int:
     """Parts of the outputs that each block, or cluster of them, takes in turn."""
     at_once = PROCESSORS if problem.expand else CLUSTERS[tiles.k_blocks]
-    return math.ceil(math.ceil(problem.outputs / tiles.outs) / (at_once * tiles.blocks))
+    return math.ceil(tiles.parts(problem.outputs) / (at_once * tiles.blocks))
 
 
 def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:

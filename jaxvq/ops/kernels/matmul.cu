@@ -22,7 +22,7 @@
 // type of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0
 // for none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
 // their way), BLOCKS (at once on a processor), SPLIT, HALVED (the last of the OUT_WARPS has half as many outputs),
-// EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it; SHARED_NBYTES, DECLARED.
+// EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it.
 
 #include "codes.cuh"
 
@@ -169,6 +169,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   int first_out = 0;
   const bool half = HALVED && out_warp == OUT_WARPS - 1;
   const int columns = half ? HALF : COLUMNS;
+  auto with_columns = [&](auto go) {
+    if (half) go(Columns<HALF>());
+    else go(Columns<COLUMNS>());
+  };
 
   constexpr int X_ROW = TURNS * SHARES * UNIT_VALUES;
   const unsigned char* my_x = shared_x + min(row / 2, ROWS - 1) * X_ROW * 2 + row % 2 * 8;
@@ -379,12 +383,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 
   from = start_of(first_block);
+  with_columns([&](auto mine) {
 #pragma unroll
-  for (int s = 0; s < SPAN; ++s)
-    if (sharer * PART_TURNS < TURNS) {
-      if (half) read(Columns<HALF>(), s, sharer * PART_TURNS, first_block);
-      else read(Columns<COLUMNS>(), s, sharer * PART_TURNS, first_block);
-    }
+    for (int s = 0; s < SPAN; ++s)
+      if (sharer * PART_TURNS < TURNS) read(mine, s, sharer * PART_TURNS, first_block);
+  });
   if constexpr (TABLE) write_table(memory, decoder);
   // Few rows of x are in shared memory, pairs 0 and 2 of eight values before pairs 1 and 3.
   if constexpr (X_BYTES > 0) {
@@ -418,7 +421,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int next = block + blocks;
     const bool more = next < BLOCKS_OF_OUTS;
     if constexpr (PALETTE && !GROUPED) load_palettes(0);
-    auto go_through = [&](auto mine) {
+    with_columns([&](auto mine) {
 #pragma unroll 1
       for (int turn = sharer * PART_TURNS; turn < TURNS;) {
         if constexpr (PALETTE && GROUPED)
@@ -434,9 +437,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         turn = following;
       }
+    });
+    // What a sum of products is worth.
+    auto scaled = [&](int column, float sum, float sum_of_x) {
+      return CENTERED ? steps[column] * (sum - zeros_of[column] * sum_of_x) : sum;
     };
-    if (half) go_through(Columns<HALF>());
-    else go_through(Columns<COLUMNS>());
     if constexpr (!EXPAND) {
 #pragma unroll
       for (int t = 0; t < TILES_M; ++t)
@@ -444,20 +449,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int tile = 0; tile < TILES_N; ++tile) {
           float* to = shared_sums + k_warp * ROWS * SUMS_ROW + out_warp * OUTS + row * columns;
           if constexpr (SPLIT) {
-            float sum = sums[t][tile][0] + sums[t][tile][3];
-            if constexpr (CENTERED) sum = steps[t] * (sum - zeros_of[t] * (sums_of_x[0][0] + sums_of_x[0][3]));
-            if (quad < ROWS && t < columns) to[quad * SUMS_ROW + t] = sum;
+            const float sum = sums[t][tile][0] + sums[t][tile][3], sum_of_x = sums_of_x[0][0] + sums_of_x[0][3];
+            if (quad < ROWS && t < columns) to[quad * SUMS_ROW + t] = scaled(t, sum, sum_of_x);
           } else {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int n = tile * 8 + 2 * quad + i;
-              float two[2] = {sums[t][tile][i], sums[t][tile][i + 2]};
-              if constexpr (CENTERED)
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-                  two[j] = steps[2 * t + j] * (two[j] - zeros_of[2 * t + j] * sums_of_x[tile][i]);
+              const float first = scaled(2 * t, sums[t][tile][i], sums_of_x[tile][i]);
+              const float second = scaled(2 * t + 1, sums[t][tile][i + 2], sums_of_x[tile][i]);
               if (n < ROWS && 2 * t < columns)
-                *reinterpret_cast<float2*>(to + n * SUMS_ROW + 2 * t) = make_float2(two[0], two[1]);
+                *reinterpret_cast<float2*>(to + n * SUMS_ROW + 2 * t) = make_float2(first, second);
             }
           }
         }
