@@ -134,6 +134,7 @@ def _constants(problem: Problem, tiles: Tiles, decoder: tuple[Array | None, ...]
         "K_WARPS": tiles.k_warps,
         "OUT_WARPS": tiles.out_warps,
         "SPAN": tiles.span,
+        "RING": tiles.ring,
         "BLOCKS": tiles.blocks,
         "SPLIT": int(tiles.split),
         "K_BLOCKS": tiles.k_blocks,

@@ -20,6 +20,7 @@ STARTING = 2000  # cycles until a table of inner products can be read, more than
 MEETING, MEETING_OF_VECTORS = 3.5, 2.6  # lanes that read from one bank at most, where they read from random places
 TAKING = 16  # outputs that a block could do in the time in which it begins with new ones
 WRITERS = 2 * PROCESSORS  # blocks that write a weight out
+HELD = 128  # inputs that a thread keeps in registers
 TABLE_NBYTES = 65536  # a table of copies leaves room for a second block of threads
 
 
@@ -36,7 +37,8 @@ class Tiles:
       blocks: of threads, at once on a processor.
       lanes: of a warp, that have different outputs.
       copies: of a table of vectors in shared memory; 0 leaves it in global memory.
-      split: few rows of x wait in shared memory.
+      split: few rows of x are read from shared memory where they are used, not from registers or global memory.
+      ring: spans of words that are on their way to shared memory; 0 reads them to registers.
       k_blocks: blocks that share the input side; where they add up, those of a cluster.
       halved: the last of the `out_warps` has half as many outputs.
     """
@@ -50,6 +52,7 @@ class Tiles:
     lanes: int = 8
     copies: int = 0
     split: bool = False
+    ring: int = 0
     k_blocks: int = 1
     halved: bool = False
 
@@ -85,24 +88,60 @@ def _columns(problem: Problem) -> int:
 
 
 def _by_pairs(problem: Problem) -> Tiles:
-    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors.
-
-    With four columns a thread reads x for twice as many codes; one row only, if no processor has more to do for it.
-    """
-    words, codes = problem.unit
-    columns, lanes, k_warps = 2, 32, 16
-    while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * columns * lanes:
+    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
+    lanes = 32
+    while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * 2 * lanes:
         lanes //= 2
-    blocks = 1 if problem.outputs <= PROCESSORS * columns * lanes else 2
-    units_of_lane = -(-problem.w.codes.length // (codes * k_warps * (32 // lanes)))
+    few = problem.outputs <= PROCESSORS * 2 * lanes
+    if problem.rows == 1 and problem.outputs % 4 == 0:
+        ways = _by_rings_of_few(problem, lanes) if few else _by_rings_of_many(problem)
+        for tiles in ways:
+            if pairs_nbytes(problem, tiles) <= cuda.shared_nbytes():
+                return tiles
+    words, codes = problem.unit
+    units_of_lane = math.ceil(problem.w.codes.length / (codes * 16 * (32 // lanes)))
     span = min(4 if words == 1 else 2, units_of_lane)
-    tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes)
-    wide = dataclasses.replace(tiles, columns=4, blocks=1)
-    most, most_if_wide = (math.ceil(way.parts(problem.outputs) / PROCESSORS) * way.outs for way in (tiles, wide))
-    served = problem.rows == 1 and problem.bits == 4 and lanes == 32 and problem.outputs % 4 == 0
-    if served and most_if_wide <= most and pairs_nbytes(problem, wide) <= cuda.shared_nbytes():
-        return wide
+    tiles = Tiles("pairs", 2, 16, 1, span, 1 if few else 2, lanes, split=True)
     return _with_room(tiles, pairs_nbytes(problem, tiles))
+
+
+def _by_rings_of_few(problem: Problem, lanes: int) -> list[Tiles]:
+    """A block on each processor, with the fewest warps whose threads can keep their part of x in registers."""
+    if problem.bits < 3:
+        return []
+    ways = [Tiles("pairs", 2, k_warps, 1, 32 // problem.unit[1], 1, lanes) for k_warps in (8, 16)]
+    held = [tiles for tiles in ways if _part(problem, tiles) <= HELD]
+    tiles = held[0] if held else dataclasses.replace(ways[-1], split=True)
+    return [dataclasses.replace(tiles, ring=ring) for ring in range(min(4, _steps(problem, tiles)), 0, -1)]
+
+
+def _by_rings_of_many(problem: Problem) -> list[Tiles]:
+    """With four columns a thread reads x for twice as many codes, if no processor has more to do for it.
+
+    Of 4 bits two columns are faster where blocks take turns and x can stay in registers: their tables are half as large
+    and sooner written.
+    """
+    if problem.bits < 2:
+        return []
+    two = Tiles("pairs", 2, 16, 1, 32 // problem.unit[1], 1, 32, ring=4)
+    wide = dataclasses.replace(two, columns=4, ring=2)
+    most, most_if_wide = (math.ceil(way.parts(problem.outputs) / PROCESSORS) * way.outs for way in (two, wide))
+    ways = []
+    if problem.bits == 4 and takes(problem, wide) > 1 and _part(problem, two) <= HELD:
+        ways.append(two)
+    if most_if_wide <= most:
+        ways.append(dataclasses.replace(wide, split=problem.bits == 4 or _part(problem, wide) > HELD))
+    return ways
+
+
+def _steps(problem: Problem, tiles: Tiles) -> int:
+    """Spans of units that a lane of `kernels/pairs.cu` has of an output."""
+    return math.ceil(problem.units / (tiles.k_warps * (32 // tiles.lanes) * tiles.span))
+
+
+def _part(problem: Problem, tiles: Tiles) -> int:
+    """Codes that a lane of `kernels/pairs.cu` has of an output."""
+    return _steps(problem, tiles) * tiles.span * problem.unit[1]
 
 
 def _by_integers(problem: Problem) -> Tiles:
@@ -247,12 +286,12 @@ def levels_nbytes(problem: Problem, tiles: Tiles) -> int:
 
 
 def pairs_nbytes(problem: Problem, tiles: Tiles) -> int:
-    """Shared memory of a block of `kernels/pairs.cu`: tables, x, sums, palettes."""
-    levels, codes = 2**problem.bits, problem.unit[1]
-    part = tiles.k_warps * (32 // tiles.lanes) * tiles.span * codes
-    x = -(-problem.w.codes.length // part) * part
+    """Shared memory of a block of `kernels/pairs.cu`: tables, words on their way, x, sums, palettes."""
+    levels = 2**problem.bits
+    ring = tiles.ring * tiles.span * problem.unit[0] * 128 * tiles.k_warps * tiles.columns
+    x = tiles.k_warps * (32 // tiles.lanes) * _part(problem, tiles)
     sums = (tiles.k_warps * problem.rows + 2) * tiles.outs
-    return 128 * tiles.columns * levels**2 + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
+    return 128 * tiles.columns * levels**2 + ring + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
 
 
 def products_nbytes(problem: Problem, tiles: Tiles) -> int:

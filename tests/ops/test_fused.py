@@ -260,6 +260,42 @@ def test_threads_have_more_outputs_of_a_row_where_no_processor_waits_for_it(outp
     look_at("4-bit palettes", (2048, outputs), look)
 
 
+RINGS = {
+    ("4-bit palettes", (2048, 2048), 1): (8, 2, 0),
+    ("4-bit palettes", (4096, 4096), 1): (16, 4, 0),
+    ("4-bit palettes", (14336, 4096), 1): (16, 4, 1),
+    ("4-bit palettes", (4096, 14336), 1): (16, 2, 1),
+    ("4-bit palettes", (2048, 128256), 1): (16, 4, 0),
+    ("4-bit palettes", (2048, 20_000), 1): (16, 4, 0),
+    ("4-bit palettes", (4096, 20_000), 1): (16, 0, 1),
+    ("4-bit palettes", (4096, 4096), 2): (16, 0, 1),
+    ("4-bit palettes", (4096, 4098), 1): (16, 0, 1),
+    ("3-bit palettes", (2048, 16384), 1): (16, 2, 0),
+    ("2-bit palettes", (4096, 14336), 1): (16, 2, 1),
+    ("2-bit palettes", (4096, 4096), 1): (16, 0, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "shape", "rows"), RINGS)
+def test_codes_of_palettes_come_by_rings_of_shared_memory(name, shape, rows, fake_compiler, launches):
+    """(warps, places of the ring, whether x is read from shared memory)"""
+
+    def look(w):
+        given = launched(launches, rows, w).constants
+        assert tuple(given[key] for key in ("K_WARPS", "RING", "SPLIT")) == RINGS[name, shape, rows]
+
+    look_at(name, shape, look)
+
+
+def test_a_ring_is_as_large_as_there_is_room_for(fake_compiler, launches, monkeypatch):
+    monkeypatch.setattr(cuda, "shared_nbytes", lambda: RTX_4090)
+
+    def look(w):
+        assert launched(launches, 1, w).constants["RING"] == 1
+
+    look_at("4-bit palettes", (4096, 4096), look)
+
+
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
     monkeypatch.setattr(cuda, "has_clusters", lambda: False)
 
@@ -294,9 +330,9 @@ def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
 
 
 SIZES = [((1000, 77), 0), ((1000, 77), 1), ((1000, 77), 3), ((4096, 14336), 1), ((4096, 14336), 2), ((4096, 14336), 16)]
-SIZES += [((1000, 14301), 4), ((4096, 4096), 16)]
+SIZES += [((1000, 14301), 4), ((4096, 4096), 16), ((4096, 4096), 1), ((2048, 2048), 1), ((2048, 128256), 1)]
 SHARED = {
-    "pairs": "TABLE_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
+    "pairs": "TABLE_BYTES + RING * STEP_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
     "levels": "8 * (GROUPED ? K_WARPS : 2) * OUTS + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
     "products": "TABLE_BYTES + SPAN * PART_BYTES * WARPS + 16 * PHASES * SLOTS + 4 * TAKES * BLOCK_OUTS + 8 * WARPS",
     "matmul": "TABLE_BYTES + X_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * SUMS_ROW)",
@@ -319,9 +355,14 @@ def test_kernels_compile_and_use_the_memory_they_are_given(name, starting, launc
 
     def look(w, rows):
         launch = launched(launches, rows, w)
-        architecture = cuda.OF_CLUSTERS if launch.cluster > 1 else cuda.ARCHITECTURE
-        assembly = cuda.assemble.__wrapped__(launch.name, tuple(sorted(launch.constants.items())), architecture)
+        constants = tuple(sorted(launch.constants.items()))
+        assembly = cuda.assemble.__wrapped__(launch.name, constants, "compute_90")
         assert f".entry {launch.name}(" in assembly
+        assert "griddepcontrol.launch_dependents" in assembly
+        if launch.cluster == 1 and w.shape == (1000, 77):
+            older = cuda.assemble.__wrapped__(launch.name, constants, "compute_80")
+            assert f".entry {launch.name}(" in older
+            assert "griddepcontrol" not in older
         nbytes = launch.constants["SHARED_NBYTES"]
         declared = nbytes <= 48 * 1024
         assert launch.shared_nbytes == (0 if declared else nbytes)

@@ -33,6 +33,14 @@ constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 #define SHARED_MEMORY extern __shared__ __align__(16) unsigned char memory[]
 #endif
 
+// XLA launches many of its programs early: they come to a processor once every block of this one has called this and
+// there is room, and wait for its results.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 __device__ __forceinline__ float float_of(unsigned short half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
@@ -129,6 +137,25 @@ __device__ __forceinline__ uint4 halves_of(const uint4& values, float power) {
   return make_uint4(half[0], half[1], half[2], half[3]);
 }
 
+__device__ __forceinline__ unsigned address_of(const void* shared) {
+  return (unsigned)__cvta_generic_to_shared(shared);
+}
+
+// Starts to copy COUNT words, one or four, to shared memory; zeros unless `inside`.
+template <int COUNT>
+__device__ __forceinline__ void start_copy(unsigned to, const unsigned* from, bool inside = true) {
+  if constexpr (COUNT == 4)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0));
+}
+
+// What a thread has started to copy since the last group is a group; it may wait for all but its last groups.
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;"); }
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 // The words of one unit of COLUMNS neighbouring outputs.
 constexpr int LANE_WORDS = COLUMNS * STAGES;
 constexpr long long NEXT_TURN = (long long)SHARES * UNIT_WORDS * OUTPUTS * STAGES;  // words to a lane's next unit
@@ -168,14 +195,27 @@ __device__ __forceinline__ void read_unit(unsigned (&to)[UNIT_WORDS][LANE_WORDS]
   }
 }
 
-// The COUNT bits of a unit from bit `at` on, times 2**shift; `word` is the output's and stage's in each row.
+// `(a & mask) | more`, for which the compiler would take two instructions.
+__device__ __forceinline__ unsigned masked_or(unsigned a, unsigned mask, unsigned more) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(more));
+  return result;
+}
+
+// The COUNT bits of a unit from bit `at` on, times 2**shift, with others beside them; `word` is the output's and
+// stage's in each row.
+template <int COUNT>
+__device__ __forceinline__ unsigned among_others(const unsigned (&words)[UNIT_WORDS][LANE_WORDS], int word, int at,
+                                                 int shift) {
+  const int i = at / 32, begin = at % 32;
+  const unsigned first = words[i][word];
+  if (begin + COUNT > 32) return __funnelshift_r(first, words[i + 1][word], begin) << shift;
+  return begin >= shift ? first >> (begin - shift) : first << (shift - begin);
+}
 template <int COUNT>
 __device__ __forceinline__ unsigned field_of(const unsigned (&words)[UNIT_WORDS][LANE_WORDS], int word, int at,
                                              int shift) {
-  const int i = at / 32, begin = at % 32;
-  const unsigned mask = ((1u << COUNT) - 1) << shift, first = words[i][word];
-  if (begin + COUNT > 32) return __funnelshift_r(first, words[i + 1][word], begin) << shift & mask;
-  return (begin >= shift ? first >> (begin - shift) : first << (shift - begin)) & mask;
+  return among_others<COUNT>(words, word, at, shift) & ((1u << COUNT) - 1) << shift;
 }
 
 // The bits of eight codes of one output.

@@ -68,13 +68,6 @@ __device__ __forceinline__ unsigned centered(unsigned both) {
   return result;
 }
 
-// `(a & mask) | more`, for which the compiler would take two instructions.
-__device__ __forceinline__ unsigned masked_or(unsigned a, unsigned mask, unsigned more) {
-  unsigned result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(more));
-  return result;
-}
-
 // The upper half of `a`, whose nibbles are below 8. The unit that shifts has all the rest to do, so it is moved by an
 // addition of 16-bit floats: with such nibbles it is a number, which adding nothing leaves as it is.
 __device__ __forceinline__ unsigned upper_half(unsigned a) {
@@ -153,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     matmul(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
+  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % SHARES, row = lane / SHARES;
   const int warp = threadIdx.x / 32, k_warp = warp % K_WARPS, out_warp = OUT_WARPS == 1 ? 0 : warp / K_WARPS;

@@ -11,18 +11,25 @@
 // up in float16, and those sums in float32. The K_WARPS of a block share the input side and add up at the end, in a
 // fixed order.
 //
+// Codes are read some steps ahead, one step into registers, or RING steps into shared memory: large tables leave too
+// little of it as cache for all that should be on its way to registers. A lane's part of x is read from shared memory
+// step by step (SPLIT), or once, into registers; then steps are unrolled.
+//
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
 // ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES,
-// COLUMNS (2 or 4), K_WARPS, SPAN (units on their way), BLOCKS (at once on a processor). All else is as for one palette
-// an output.
+// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, BLOCKS (at once on a processor), TAKES (blocks of
+// outputs that one of threads takes in turn). All else is as for one palette an output.
 
 #include "codes.cuh"
 
 constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS;
-constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);  // bytes from a pair to the next
+constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);                                // bytes from a pair to the next
 constexpr int TWO_BYTES = PAIRS * STRIDE, TABLE_BYTES = TWO_BYTES * (COLUMNS / 2);  // of two columns, of all
 __device__ constexpr int column_at(int column) { return column / 2 * TWO_BYTES + column % 2 * 128; }
-constexpr int TURNS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN) * SPAN;
+constexpr int STEPS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN), TURNS = STEPS * SPAN;
+constexpr int UNROLLED = SPLIT ? 1 : STEPS, OCTETS = UNIT_CODES / 8;
+constexpr int ROW_BYTES = THREADS * COLUMNS * 4, STEP_ROWS = SPAN * UNIT_WORDS, STEP_BYTES = STEP_ROWS * ROW_BYTES;
+constexpr bool ALL_AT_ONCE = TAKES == 1 && STEPS <= RING;
 constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES, X_READS = (MY_CODES + 255) / 256;
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
 // Eights of codes whose products are added up in float16: at most eight in each half of a register.
@@ -32,14 +39,17 @@ constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a co
 static_assert(OUT_WARPS == 1 && K_WARPS % COLUMNS == 0, "all warps of a block share its outputs and tables");
 static_assert(COLUMNS % 2 == 0, "two columns to a row of a table");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
+static_assert(RING == 0 || OUTPUTS % 4 == 0, "words are copied by fours");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
+  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = lane / LANES;
-  unsigned short* shared_x = reinterpret_cast<unsigned short*>(memory + TABLE_BYTES);
+  unsigned char* ring = memory + TABLE_BYTES;
+  unsigned short* shared_x = reinterpret_cast<unsigned short*>(ring + RING * STEP_BYTES);
   float* sums = reinterpret_cast<float*>(shared_x + ROWS * X_ROW);
   float* powers = sums + K_WARPS * ROWS * OUTS;  // of the palettes, those of this block of outputs and the next
   unsigned short* staged = reinterpret_cast<unsigned short*>(powers + 2 * OUTS);  // the palettes
@@ -87,15 +97,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
 
+  const int first_unit = warp * TURNS * SHARES, my_out = lane % LANES * COLUMNS;
+  unsigned char* my_ring = ring + warp * 32 * COLUMNS * 4;
+  // Of the four words that a lane copies, some are its neighbours': their row of the step, their lane.
+  constexpr int COPYING = 8 * COLUMNS, ROWS_AT_ONCE = 32 / COPYING;
+  const int copied_row = lane / COPYING, copied_lane = lane % COPYING * 4 / COLUMNS;
+  unsigned coming[SPAN][UNIT_WORDS][LANE_WORDS];
+  int coming_block = blockIdx.x, coming_turn = 0;
+  // Starts to read this warp's words of the step after the last one. Beyond the input side they are some before.
+  auto start = [&](int place) {
+    if (coming_block < BLOCKS_OF_OUTS) {
+      const int unit = first_unit + coming_turn * SHARES;
+      if constexpr (RING == 0) {
+        const int out = coming_block * OUTS + my_out;
+        const unsigned* from = unit_at(words, unit + share, out);
+#pragma unroll
+        for (int s = 0; s < SPAN; ++s)
+          read_unit<EXACT>(coming[s], from + s * NEXT_TURN, unit + s * SHARES + share, out);
+      } else {
+        const int out = min(coming_block * OUTS + copied_lane % LANES * COLUMNS, OUTPUTS - 4);
+        const unsigned to =
+            address_of(my_ring + place * STEP_BYTES + copied_row * ROW_BYTES + copied_lane * COLUMNS * 4);
+#pragma unroll
+        for (int i = 0; i < STEP_ROWS; i += ROWS_AT_ONCE) {
+          const int mine = i + copied_row;
+          if (STEP_ROWS % ROWS_AT_ONCE != 0 && mine >= STEP_ROWS) continue;
+          const int my_unit = unit + mine / UNIT_WORDS * SHARES + copied_lane / LANES;
+          const int row = my_unit * UNIT_WORDS + mine % UNIT_WORDS;
+          start_copy<4>(to + i * ROW_BYTES, words + (long long)(EXACT ? row : min(row, WORD_ROWS - 1)) * OUTPUTS + out);
+        }
+      }
+      coming_turn += SPAN;
+      if (coming_turn == TURNS) coming_turn = 0, coming_block += gridDim.x;
+    }
+    if constexpr (RING > 0) end_group();
+    else __syncwarp();  // else the compiler has this wait until what was started before has been used
+  };
   unsigned codes[SPAN][UNIT_WORDS][LANE_WORDS];
-  auto unit_of = [&](int turn) { return (warp * TURNS + turn) * SHARES + share; };
-  auto out_of = [&](int block) { return block * OUTS + lane % LANES * COLUMNS; };
-  auto start_of = [&](int block) { return unit_at(words, unit_of(0), out_of(block)); };
-  const unsigned* from = start_of(blockIdx.x);
-  auto read = [&](unsigned (&to)[SPAN][UNIT_WORDS][LANE_WORDS], int turn, int block) {
+  // The words of the step that was started first. Then there is room for another.
+  auto take = [&](int place) {
+    if constexpr (RING > 0) {
+      wait_for_all_but<RING - 1>();
+      __syncwarp();
+    }
 #pragma unroll
     for (int s = 0; s < SPAN; ++s)
-      read_unit<EXACT>(to[s], from + s * NEXT_TURN, EXACT ? 0 : unit_of(turn + s), out_of(block));
+#pragma unroll
+      for (int i = 0; i < UNIT_WORDS; ++i) {
+        const unsigned char* from =
+            my_ring + place * STEP_BYTES + (s * UNIT_WORDS + i) * ROW_BYTES + lane * COLUMNS * 4;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j += 2) {
+          uint2 two;
+          if constexpr (RING == 0) two = make_uint2(coming[s][i][j], coming[s][i][j + 1]);
+          else two = *reinterpret_cast<const uint2*>(from + j * 4);
+          codes[s][i][j] = two.x, codes[s][i][j + 1] = two.y;
+        }
+      }
+    if constexpr (RING > 0) __syncwarp();
   };
   read_palettes(blockIdx.x);
   // The part of x that this warp multiplies.
@@ -107,7 +166,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int mine = i * 256 + lane * 8, at = warp * MY_CODES + mine;
       my_x[n][i] = mine < MY_CODES ? eight_inputs<EXACT>(x, n, at) : make_uint4(0, 0, 0, 0);
     }
-  read(codes, 0, blockIdx.x);
+  // Not unrolled, for else the compiler has the codes read first, and tables wait for palettes behind them.
+#pragma unroll 1
+  for (int place = 0; place < max(RING, 1); ++place) start(place);
+  if constexpr (RING == 0) take(0);
 
   float x_power[ROWS];
 #pragma unroll
@@ -122,15 +184,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
 
+  const unsigned short* first_x = shared_x + (first_unit + share) * UNIT_CODES;
+  auto x_of = [&](int n, int turn, int octet) {
+    return *reinterpret_cast<const uint4*>(first_x + n * X_ROW + turn * SHARES * UNIT_CODES + octet * 8);
+  };
+  stage_palettes(powers);
+  uint4 held[ROWS][SPLIT ? 1 : TURNS * OCTETS];
+  if constexpr (!SPLIT) {
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < ROWS; ++n)
+#pragma unroll
+      for (int i = 0; i < TURNS * OCTETS; ++i) held[n][i] = x_of(n, i / OCTETS, i % OCTETS);
+  }
+  __syncthreads();
+
   float totals[ROWS][COLUMNS][2];
   unsigned chains[ROWS][COLUMNS];
-  auto use = [&](const unsigned short* my_x, int first_octet, const unsigned (&from)[UNIT_WORDS][LANE_WORDS]) {
+  auto use = [&](int turn, int first_octet, const unsigned (&from)[UNIT_WORDS][LANE_WORDS]) {
 #pragma unroll
-    for (int octet = 0; octet < UNIT_CODES / 8; ++octet) {
+    for (int octet = 0; octet < OCTETS; ++octet) {
       unsigned inputs[ROWS][4];
 #pragma unroll
       for (int n = 0; n < ROWS; ++n) {
-        const uint4 all = *reinterpret_cast<const uint4*>(my_x + n * X_ROW + octet * 8);
+        const uint4 all = SPLIT ? x_of(n, turn, octet) : held[n][SPLIT ? 0 : turn * OCTETS + octet];
         inputs[n][0] = all.x, inputs[n][1] = all.y, inputs[n][2] = all.z, inputs[n][3] = all.w;
       }
 #pragma unroll
@@ -141,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           unsigned offset;
           if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
             offset = permuted(from[at / 32][column], lane * 4, 0x7704 | at % 32 / 8 << 4);
-          else offset = field_of<2 * BITS>(from, column, at, SHIFT) | lane * 4;
+          else offset = masked_or(among_others<2 * BITS>(from, column, at, SHIFT), (PAIRS - 1) << SHIFT, lane * 4);
           const unsigned values = *reinterpret_cast<const unsigned*>(memory + column_at(column) + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {
@@ -160,9 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
 
-  const unsigned short* first_x = shared_x + unit_of(0) * UNIT_CODES;
-  stage_palettes(powers);
-  __syncthreads();
+  int place = 0;  // of the ring
 #pragma unroll 1
   for (int block = blockIdx.x, i = 0; block < BLOCKS_OF_OUTS; block += gridDim.x, ++i) {
     const int next = block + gridDim.x;
@@ -174,26 +249,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) totals[n][column][0] = totals[n][column][1] = 0;
-#pragma unroll 1
-    for (int turn = 0; turn < TURNS; turn += SPAN) {
-      const bool last = turn + SPAN == TURNS;
-      from = last ? start_of(next) : from + SPAN * NEXT_TURN;
-      unsigned coming[SPAN][UNIT_WORDS][LANE_WORDS];
-      if (!last || more) read(coming, last ? 0 : turn + SPAN, last ? next : block);
+#pragma unroll UNROLLED
+    for (int step = 0; step < STEPS; ++step) {
+      if constexpr (RING > 0) take(place);
+      if constexpr (ALL_AT_ONCE) end_group();
+      else start(place);
 #pragma unroll
-      for (int s = 0; s < SPAN; ++s) {
-        use(first_x + (turn + s) * SHARES * UNIT_CODES, s * (UNIT_CODES / 8), codes[s]);
-#pragma unroll
-        for (int i = 0; i < UNIT_WORDS; ++i)
-#pragma unroll
-          for (int j = 0; j < LANE_WORDS; ++j) codes[s][i][j] = coming[s][i][j];
-      }
+      for (int s = 0; s < SPAN; ++s) use(step * SPAN + s, s * OCTETS, codes[s]);
+      if constexpr (RING == 0) take(0);
+      place = place + 1 < RING ? place + 1 : 0;
     }
 #pragma unroll
     for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) {
-        const int out = lane % LANES * COLUMNS + column;
+        const int out = my_out + column;
         float sum = totals[n][column][0] + totals[n][column][1];
 #pragma unroll
         for (int far = LANES; far < 32; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);

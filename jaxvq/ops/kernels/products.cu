@@ -57,10 +57,6 @@ static_assert(ROWS == 1 && K_WARPS == 1 && DIM > 1 && DIM <= 8 && !GROUPED, "a r
 #define IN_CLUSTERS
 #endif
 
-__device__ __forceinline__ unsigned address_of(const void* shared) {
-  return (unsigned)__cvta_generic_to_shared(shared);
-}
-
 // All blocks of the cluster have come here, and each sees what the others have written before.
 __device__ __forceinline__ void meet() {
 #if K_BLOCKS > 1
@@ -92,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
     products(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
              const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
+  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, row = lane / 4;
   const int rank = blockIdx.x % K_BLOCKS, cluster = blockIdx.x / K_BLOCKS, clusters = gridDim.x / K_BLOCKS;
@@ -115,11 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
         const bool inside = WHOLE || (first_row + row < WORD_ROWS && first + word < OUTPUTS * STAGES);
         const unsigned* from = words + (inside ? (long long)(first_row + row) * OUTPUTS * STAGES + first + word : 0);
         const unsigned to = address_of(my_ring) + turn % SPAN * PART_BYTES + row * PITCH + word * 4;
-        if constexpr (COPIED == 4)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
-        else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0));
+        start_copy<COPIED>(to, from, inside);
       }
-    asm volatile("cp.async.commit_group;");
+    end_group();
   };
 #pragma unroll
   for (int turn = 0; turn < SPAN - 1; ++turn) copy(turn);
@@ -258,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
         unsigned offset;
         if constexpr (BITS == 8 && SHIFT == 8)
           offset = __byte_perm(codes[code / 4][word], base, 0x7704 | code % 4 << 4);
-        else offset = field_of<BITS>(codes, word, code * BITS, SHIFT) | base;
+        else offset = masked_or(among_others<BITS>(codes, word, code * BITS, SHIFT), (CODES - 1) << SHIFT, base);
         const unsigned short number =
             *reinterpret_cast<const unsigned short*>(memory + stage * STAGE_BYTES + step_of(code) + offset);
         if (n % CHAIN == 0) chain = number;
@@ -302,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
     for (int take = 0; take < TAKES; ++take) {
       const int turn = phase * TAKES + take;
       copy(turn + SPAN - 1);
-      asm volatile("cp.async.wait_group %0;" ::"n"(SPAN - 1) : "memory");
+      wait_for_all_but<SPAN - 1>();
       __syncwarp();
       if (chunk_of(turn) < BLOCKS_OF_OUTS) use(turn);
       __syncwarp();
