@@ -93,11 +93,10 @@ def _by_pairs(problem: Problem) -> Tiles:
     while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * 2 * lanes:
         lanes //= 2
     few = problem.outputs <= PROCESSORS * 2 * lanes
-    if problem.rows == 1 and problem.outputs % 4 == 0:
-        ways = _by_rings_of_few(problem, lanes) if few else _by_rings_of_many(problem)
-        for tiles in ways:
-            if pairs_nbytes(problem, tiles) <= cuda.shared_nbytes():
-                return tiles
+    ways = [] if few or problem.rows > 1 or problem.outputs % 4 else _by_rings(problem)
+    for tiles in ways:
+        if pairs_nbytes(problem, tiles) <= cuda.shared_nbytes():
+            return tiles
     words, codes = problem.unit
     units_of_lane = math.ceil(problem.w.codes.length / (codes * 16 * (32 // lanes)))
     span = min(4 if words == 1 else 2, units_of_lane)
@@ -105,21 +104,12 @@ def _by_pairs(problem: Problem) -> Tiles:
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 
-def _by_rings_of_few(problem: Problem, lanes: int) -> list[Tiles]:
-    """A block on each processor, with the fewest warps whose threads can keep their part of x in registers."""
-    if problem.bits < 3:
-        return []
-    ways = [Tiles("pairs", 2, k_warps, 1, 32 // problem.unit[1], 1, lanes) for k_warps in (8, 16)]
-    held = [tiles for tiles in ways if _part(problem, tiles) <= HELD]
-    tiles = held[0] if held else dataclasses.replace(ways[-1], split=True)
-    return [dataclasses.replace(tiles, ring=ring) for ring in range(min(4, _steps(problem, tiles)), 0, -1)]
+def _by_rings(problem: Problem) -> list[Tiles]:
+    """Tiles for many outputs, whose codes come by shared memory.
 
-
-def _by_rings_of_many(problem: Problem) -> list[Tiles]:
-    """With four columns a thread reads x for twice as many codes, if no processor has more to do for it.
-
-    Of 4 bits two columns are faster where blocks take turns and x can stay in registers: their tables are half as large
-    and sooner written.
+    With four columns a thread reads x for twice as many codes, if no processor has more to do for it. Of 4 bits two
+    columns are faster where blocks take turns and x can stay in registers: their tables are half as large and sooner
+    written.
     """
     if problem.bits < 2:
         return []
@@ -134,14 +124,10 @@ def _by_rings_of_many(problem: Problem) -> list[Tiles]:
     return ways
 
 
-def _steps(problem: Problem, tiles: Tiles) -> int:
-    """Spans of units that a lane of `kernels/pairs.cu` has of an output."""
-    return math.ceil(problem.units / (tiles.k_warps * (32 // tiles.lanes) * tiles.span))
-
-
 def _part(problem: Problem, tiles: Tiles) -> int:
-    """Codes that a lane of `kernels/pairs.cu` has of an output."""
-    return _steps(problem, tiles) * tiles.span * problem.unit[1]
+    """Codes that a lane of `kernels/pairs.cu` has of an output, in whole spans."""
+    at_once = tiles.k_warps * (32 // tiles.lanes) * tiles.span
+    return math.ceil(problem.units / at_once) * tiles.span * problem.unit[1]
 
 
 def _by_integers(problem: Problem) -> Tiles:

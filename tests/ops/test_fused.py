@@ -261,39 +261,37 @@ def test_threads_have_more_outputs_of_a_row_where_no_processor_waits_for_it(outp
 
 
 RINGS = {
-    ("4-bit palettes", (2048, 2048), 1): (8, 2, 0),
-    ("4-bit palettes", (4096, 4096), 1): (16, 4, 0),
-    ("4-bit palettes", (14336, 4096), 1): (16, 4, 1),
-    ("4-bit palettes", (4096, 14336), 1): (16, 2, 1),
-    ("4-bit palettes", (2048, 128256), 1): (16, 4, 0),
-    ("4-bit palettes", (2048, 20_000), 1): (16, 4, 0),
-    ("4-bit palettes", (4096, 20_000), 1): (16, 0, 1),
-    ("4-bit palettes", (4096, 4096), 2): (16, 0, 1),
-    ("4-bit palettes", (4096, 4098), 1): (16, 0, 1),
-    ("3-bit palettes", (2048, 16384), 1): (16, 2, 0),
-    ("2-bit palettes", (4096, 14336), 1): (16, 2, 1),
-    ("2-bit palettes", (4096, 4096), 1): (16, 0, 1),
+    ("4-bit palettes", (4096, 14336), 1): (4, 2, 1),
+    ("4-bit palettes", (2048, 128256), 1): (2, 4, 0),
+    ("4-bit palettes", (2048, 20_000), 1): (2, 4, 0),
+    ("4-bit palettes", (4096, 20_000), 1): (2, 0, 1),
+    ("4-bit palettes", (4096, 4096), 1): (2, 0, 1),
+    ("4-bit palettes", (4096, 14336), 2): (2, 0, 1),
+    ("4-bit palettes", (4096, 14338), 1): (2, 0, 1),
+    ("3-bit palettes", (2048, 16384), 1): (4, 2, 0),
+    ("2-bit palettes", (4096, 14336), 1): (4, 2, 1),
+    ("1-bit palettes", (4096, 14336), 1): (2, 0, 1),
 }
 
 
 @pytest.mark.parametrize(("name", "shape", "rows"), RINGS)
-def test_codes_of_palettes_come_by_rings_of_shared_memory(name, shape, rows, fake_compiler, launches):
-    """(warps, places of the ring, whether x is read from shared memory)"""
+def test_codes_of_many_outputs_come_by_rings_of_shared_memory(name, shape, rows, fake_compiler, launches):
+    """(columns, places of the ring, whether x is read from shared memory)"""
 
     def look(w):
         given = launched(launches, rows, w).constants
-        assert tuple(given[key] for key in ("K_WARPS", "RING", "SPLIT")) == RINGS[name, shape, rows]
+        assert tuple(given[key] for key in ("COLUMNS", "RING", "SPLIT")) == RINGS[name, shape, rows]
 
     look_at(name, shape, look)
 
 
-def test_a_ring_is_as_large_as_there_is_room_for(fake_compiler, launches, monkeypatch):
+def test_no_ring_without_room_for_it(fake_compiler, launches, monkeypatch):
     monkeypatch.setattr(cuda, "shared_nbytes", lambda: RTX_4090)
 
     def look(w):
-        assert launched(launches, 1, w).constants["RING"] == 1
+        assert launched(launches, 1, w).constants["RING"] == 0
 
-    look_at("4-bit palettes", (4096, 4096), look)
+    look_at("4-bit palettes", LARGER, look)
 
 
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):

@@ -17,8 +17,8 @@
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
 // ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES,
-// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, BLOCKS (at once on a processor), TAKES (blocks of
-// outputs that one of threads takes in turn). All else is as for one palette an output.
+// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, BLOCKS (at once on a processor). All else is as for
+// one palette an output.
 
 #include "codes.cuh"
 
@@ -29,7 +29,6 @@ __device__ constexpr int column_at(int column) { return column / 2 * TWO_BYTES +
 constexpr int STEPS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN), TURNS = STEPS * SPAN;
 constexpr int UNROLLED = SPLIT ? 1 : STEPS, OCTETS = UNIT_CODES / 8;
 constexpr int ROW_BYTES = THREADS * COLUMNS * 4, STEP_ROWS = SPAN * UNIT_WORDS, STEP_BYTES = STEP_ROWS * ROW_BYTES;
-constexpr bool ALL_AT_ONCE = TAKES == 1 && STEPS <= RING;
 constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES, X_READS = (MY_CODES + 255) / 256;
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
 // Eights of codes whose products are added up in float16: at most eight in each half of a register.
@@ -252,8 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll UNROLLED
     for (int step = 0; step < STEPS; ++step) {
       if constexpr (RING > 0) take(place);
-      if constexpr (ALL_AT_ONCE) end_group();
-      else start(place);
+      start(place);
 #pragma unroll
       for (int s = 0; s < SPAN; ++s) use(step * SPAN + s, s * OCTETS, codes[s]);
       if constexpr (RING == 0) take(0);
