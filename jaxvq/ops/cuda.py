@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Shaped
 
+# The oldest that have every instruction used, without and with clusters; drivers compile them for their chip.
+ARCHITECTURE, OF_CLUSTERS = "compute_80", "compute_90"
 SHARED_KIB = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "12.0": 99, "12.1": 99}  # that a block of threads can have
 SHARED_KIB_OF_OTHERS = 227  # as on an H100
 
@@ -43,14 +45,6 @@ def has_clusters() -> bool:
     return _capability()[0] >= 9
 
 
-def architecture() -> str:
-    """What kernels are compiled for: the oldest chips that have every instruction used, clusters or not.
-
-    Drivers compile them for their chip, if it is no older. On chips with clusters XLA also launches programs early.
-    """
-    return "compute_90" if has_clusters() else "compute_80"
-
-
 def _capability() -> tuple[int, str]:
     """(9, "9.0") and the like; those of an H100 without a GPU, (0, ...) for other makers' chips."""
     try:
@@ -62,7 +56,7 @@ def _capability() -> tuple[int, str]:
 
 
 @functools.cache
-def assemble(name: str, constants: tuple[tuple[str, int], ...], architecture: str) -> str:
+def assemble(name: str, constants: tuple[tuple[str, int], ...], architecture: str = ARCHITECTURE) -> str:
     """`kernels/<name>.cu` as PTX, the assembly that any later chip runs, with its open constants filled in.
 
     Raises:
@@ -130,5 +124,5 @@ def launch(
     call = jax.ffi.ffi_call("__gpu$xla.gpu.ptx", results, vmap_method="sequential", input_output_aliases=aliases)
     sizes = {"grid_x": blocks, "grid_y": 1, "grid_z": 1, "block_x": threads, "block_y": 1, "block_z": 1}
     numbers = {key: np.int32(value) for key, value in {**sizes, "shared_mem_bytes": shared_nbytes}.items()}
-    assembly = assemble(name, tuple(sorted(constants.items())), architecture())
+    assembly = assemble(name, tuple(sorted(constants.items())), OF_CLUSTERS if cluster > 1 else ARCHITECTURE)
     return call(*operands, name=name, kernel_type="ptx", kernel_data=assembly, **numbers)

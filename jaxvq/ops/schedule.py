@@ -89,39 +89,35 @@ def _columns(problem: Problem) -> int:
 
 def _by_pairs(problem: Problem) -> Tiles:
     """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
-    lanes = 32
-    while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * 2 * lanes:
-        lanes //= 2
-    few = problem.outputs <= PROCESSORS * 2 * lanes
-    ways = [] if few or problem.rows > 1 or problem.outputs % 4 else _by_rings(problem)
-    for tiles in ways:
+    for tiles in _by_rings(problem):
         if pairs_nbytes(problem, tiles) <= cuda.shared_nbytes():
             return tiles
     words, codes = problem.unit
-    units_of_lane = math.ceil(problem.w.codes.length / (codes * 16 * (32 // lanes)))
+    columns, lanes, k_warps = 2, 32, 16
+    while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * columns * lanes:
+        lanes //= 2
+    blocks = 1 if problem.outputs <= PROCESSORS * columns * lanes else 2
+    units_of_lane = math.ceil(problem.w.codes.length / (codes * k_warps * (32 // lanes)))
     span = min(4 if words == 1 else 2, units_of_lane)
-    tiles = Tiles("pairs", 2, 16, 1, span, 1 if few else 2, lanes, split=True)
+    tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes, split=True)
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 
 def _by_rings(problem: Problem) -> list[Tiles]:
-    """Tiles for many outputs, whose codes come by shared memory.
+    """Tiles for one row and many outputs, whose codes come by shared memory; the faster first, none for few outputs.
 
     With four columns a thread reads x for twice as many codes, if no processor has more to do for it. Of 4 bits two
     columns are faster where blocks take turns and x can stay in registers: their tables are half as large and sooner
     written.
     """
-    if problem.bits < 2:
+    if problem.rows > 1 or problem.bits < 2 or problem.outputs % 4:
         return []
     two = Tiles("pairs", 2, 16, 1, 32 // problem.unit[1], 1, 32, ring=4)
-    wide = dataclasses.replace(two, columns=4, ring=2)
-    most, most_if_wide = (math.ceil(way.parts(problem.outputs) / PROCESSORS) * way.outs for way in (two, wide))
-    ways = []
-    if problem.bits == 4 and takes(problem, wide) > 1 and _part(problem, two) <= HELD:
-        ways.append(two)
-    if most_if_wide <= most:
-        ways.append(dataclasses.replace(wide, split=problem.bits == 4 or _part(problem, wide) > HELD))
-    return ways
+    held = _part(problem, two) <= HELD
+    wide = dataclasses.replace(two, columns=4, ring=2, split=problem.bits == 4 or not held)
+    takes_two, takes_wide = takes(problem, two), takes(problem, wide)
+    ways = [two] if problem.bits == 4 and takes_wide > 1 and held else []
+    return [*ways, wide] if takes_wide * wide.outs <= takes_two * two.outs else ways
 
 
 def _part(problem: Problem, tiles: Tiles) -> int:

@@ -74,7 +74,7 @@ def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
         assert digits_lost(traced_anew(x, w), x, w) < 4e-3, rows
 
 
-@pytest.mark.parametrize("shape", [(2000, 204), (3000, 380), (257, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(2048, 204), (4096, 380), (3000, 380), (257, 100)], ids=str)
 @pytest.mark.parametrize("name", [name for name in PALETTES if "groups" not in name])
 def test_codes_of_many_outputs_come_by_rings(name, shape, monkeypatch):
     """Whole steps of the input side and parts of one, x in registers and in shared memory, several tables in turn."""

@@ -82,7 +82,6 @@ def test_what_a_chip_can_do(capability, nearest_runs, palette_runs, clusters, fa
     monkeypatch.setattr(cuda, "shared_nbytes", cuda.shared_nbytes.__wrapped__)
     assert clustering.supports_nearest(8, exact=True) == nearest_runs
     assert cuda.has_clusters() == clusters
-    assert cuda.architecture() == ("compute_90" if clusters else "compute_80")
     assert (clustering.supports_palettes(16, 256), clustering.supports_palettes(256, 4096)) == palette_runs
 
 
@@ -145,4 +144,4 @@ def test_a_kernel_that_does_not_compile_shows_the_log(monkeypatch):
     )
     monkeypatch.setattr(cuda, "compiler", lambda: broken)
     with pytest.raises(RuntimeError, match=r"sums\.cu does not compile with .*-DWIDTH=-77"):
-        cuda.assemble("sums", (("WIDTH", -77),), "compute_80")
+        cuda.assemble("sums", (("WIDTH", -77),))

@@ -33,14 +33,6 @@ constexpr int BLOCKS_OF_OUTS = (OUTPUTS + BLOCK_OUTS - 1) / BLOCK_OUTS;
 #define SHARED_MEMORY extern __shared__ __align__(16) unsigned char memory[]
 #endif
 
-// XLA launches many of its programs early: they come to a processor once every block of this one has called this and
-// there is room, and wait for its results.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 __device__ __forceinline__ float float_of(unsigned short half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));

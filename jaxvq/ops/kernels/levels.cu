@@ -60,7 +60,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     levels(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
-  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4, warp = threadIdx.x / 32;
   // Levels of this block of outputs and the next, or those of each warp; sums of the warps, twice; digits of x.

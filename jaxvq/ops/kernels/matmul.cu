@@ -146,7 +146,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     matmul(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
            const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
-  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % SHARES, row = lane / SHARES;
   const int warp = threadIdx.x / 32, k_warp = warp % K_WARPS, out_warp = OUT_WARPS == 1 ? 0 : warp / K_WARPS;

@@ -38,13 +38,12 @@ constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a co
 static_assert(OUT_WARPS == 1 && K_WARPS % COLUMNS == 0, "all warps of a block share its outputs and tables");
 static_assert(COLUMNS % 2 == 0, "two columns to a row of a table");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
-static_assert(RING == 0 || OUTPUTS % 4 == 0, "words are copied by fours");
+static_assert(RING == 0 || (OUTPUTS % 4 == 0 && LANES == 32), "words are copied by fours, a row by lanes in order");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
-  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = lane / LANES;
   unsigned char* ring = memory + TABLE_BYTES;
@@ -98,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   const int first_unit = warp * TURNS * SHARES, my_out = lane % LANES * COLUMNS;
   unsigned char* my_ring = ring + warp * 32 * COLUMNS * 4;
-  // Of the four words that a lane copies, some are its neighbours': their row of the step, their lane.
+  // A lane copies four words, of two columns also its neighbour's, some of them for each row of a step.
   constexpr int COPYING = 8 * COLUMNS, ROWS_AT_ONCE = 32 / COPYING;
-  const int copied_row = lane / COPYING, copied_lane = lane % COPYING * 4 / COLUMNS;
+  const int copied_row = lane / COPYING, copied_out = lane % COPYING * 4;
   unsigned coming[SPAN][UNIT_WORDS][LANE_WORDS];
   int coming_block = blockIdx.x, coming_turn = 0;
   // Starts to read this warp's words of the step after the last one. Beyond the input side they are some before.
@@ -114,15 +113,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int s = 0; s < SPAN; ++s)
           read_unit<EXACT>(coming[s], from + s * NEXT_TURN, unit + s * SHARES + share, out);
       } else {
-        const int out = min(coming_block * OUTS + copied_lane % LANES * COLUMNS, OUTPUTS - 4);
-        const unsigned to =
-            address_of(my_ring + place * STEP_BYTES + copied_row * ROW_BYTES + copied_lane * COLUMNS * 4);
+        const int out = min(coming_block * OUTS + copied_out, OUTPUTS - 4);
+        const unsigned to = address_of(my_ring + place * STEP_BYTES + copied_row * ROW_BYTES + copied_out * 4);
 #pragma unroll
         for (int i = 0; i < STEP_ROWS; i += ROWS_AT_ONCE) {
-          const int mine = i + copied_row;
-          if (STEP_ROWS % ROWS_AT_ONCE != 0 && mine >= STEP_ROWS) continue;
-          const int my_unit = unit + mine / UNIT_WORDS * SHARES + copied_lane / LANES;
-          const int row = my_unit * UNIT_WORDS + mine % UNIT_WORDS;
+          if (STEP_ROWS % ROWS_AT_ONCE != 0 && i + copied_row >= STEP_ROWS) continue;
+          const int row = unit * UNIT_WORDS + i + copied_row;
           start_copy<4>(to + i * ROW_BYTES, words + (long long)(EXACT ? row : min(row, WORD_ROWS - 1)) * OUTPUTS + out);
         }
       }

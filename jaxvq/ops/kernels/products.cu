@@ -88,7 +88,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
     products(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
              const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
-  let_next_begin();
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, row = lane / 4;
   const int rank = blockIdx.x % K_BLOCKS, cluster = blockIdx.x / K_BLOCKS, clusters = gridDim.x / K_BLOCKS;
