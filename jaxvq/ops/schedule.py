@@ -89,7 +89,7 @@ def _columns(problem: Problem) -> int:
 
 def _by_pairs(problem: Problem) -> Tiles:
     """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
-    for tiles in _by_rings(problem):
+    for tiles in _of_many_outputs(problem):
         if pairs_nbytes(problem, tiles) <= cuda.shared_nbytes():
             return tiles
     words, codes = problem.unit
@@ -103,8 +103,8 @@ def _by_pairs(problem: Problem) -> Tiles:
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 
-def _by_rings(problem: Problem) -> list[Tiles]:
-    """Tiles for one row and many outputs, whose codes come by shared memory; the faster first, none for few outputs.
+def _of_many_outputs(problem: Problem) -> list[Tiles]:
+    """Tiles for one row whose codes come by shared memory, if there is room for them; the faster first.
 
     With four columns a thread reads x for twice as many codes, if no processor has more to do for it. Of 4 bits two
     columns are faster where blocks take turns and x can stay in registers: their tables are half as large and sooner
@@ -117,7 +117,9 @@ def _by_rings(problem: Problem) -> list[Tiles]:
     wide = dataclasses.replace(two, columns=4, ring=2, split=problem.bits == 4 or not held)
     takes_two, takes_wide = takes(problem, two), takes(problem, wide)
     ways = [two] if problem.bits == 4 and takes_wide > 1 and held else []
-    return [*ways, wide] if takes_wide * wide.outs <= takes_two * two.outs else ways
+    if takes_wide * wide.outs <= takes_two * two.outs:
+        ways += [wide, dataclasses.replace(wide, ring=0, split=True)]
+    return ways
 
 
 def _part(problem: Problem, tiles: Tiles) -> int:

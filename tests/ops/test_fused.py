@@ -37,7 +37,7 @@ from tests.ops.matmul_cases import (
     weight,
 )
 
-H100, RTX_4090 = 227 * 1024, 99 * 1024  # shared memory that a block of threads can have
+H100, A100, RTX_4090 = 227 * 1024, 163 * 1024, 99 * 1024  # shared memory that a block of threads can have
 LARGE = [(1000, 77), (4096, 14336), (28672, 8192), (200_000, 40)]
 every_format = pytest.mark.parametrize("name", FORMATS)
 by_xla = functools.partial(matmul, backend="xla")
@@ -285,13 +285,15 @@ def test_codes_of_many_outputs_come_by_rings_of_shared_memory(name, shape, rows,
     look_at(name, shape, look)
 
 
-def test_no_ring_without_room_for_it(fake_compiler, launches, monkeypatch):
-    monkeypatch.setattr(cuda, "shared_nbytes", lambda: RTX_4090)
+@pytest.mark.parametrize(("memory", "inputs", "columns"), [(RTX_4090, 4096, 2), (A100, 4096, 4), (H100, 12288, 4)])
+def test_no_ring_without_room_for_it(memory, inputs, columns, fake_compiler, launches, monkeypatch):
+    monkeypatch.setattr(cuda, "shared_nbytes", lambda: memory)
 
     def look(w):
-        assert launched(launches, 1, w).constants["RING"] == 0
+        given = launched(launches, 1, w).constants
+        assert (given["COLUMNS"], given["RING"], given["SPLIT"]) == (columns, 0, 1)
 
-    look_at("4-bit palettes", LARGER, look)
+    look_at("4-bit palettes", (inputs, 14336), look)
 
 
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
@@ -304,7 +306,7 @@ def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
     look_at("2 x 8 bits, d=8", LARGER, look)
 
 
-@pytest.mark.parametrize("memory", [H100, RTX_4090])
+@pytest.mark.parametrize("memory", [H100, A100, RTX_4090])
 @every_format
 def test_tiles_fit_the_chip_and_the_groups(name, memory, launches, monkeypatch):
     monkeypatch.setattr(cuda, "shared_nbytes", lambda: memory)
