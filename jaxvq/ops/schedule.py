@@ -5,7 +5,6 @@ The numbers in here were measured on an H200; other chips have the same kernels,
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 from jaxvq.ops import cuda
 from jaxvq.ops.problem import Problem
@@ -68,18 +67,17 @@ class Tiles:
 
 def choose(problem: Problem) -> Tiles | None:
     """The tiles of the fastest kernel for a product; None where the weight had better be written out."""
-    ways: list[Callable[[Problem], Tiles]] = []
+    ways: list[Tiles] = []
     if problem.dim == 1 and problem.rows <= ROWS_FEW:
         if problem.parts[0] is None:
-            ways.append(_by_integers)
+            ways += [_by_integers(problem)]
         elif problem.groups == 1:
-            ways.append(_by_pairs)
+            ways += [*_by_pairs_of_many(problem), _by_pairs(problem)]
     if problem.rows == 1 and _is_worth_tables(problem):
-        ways.append(_by_products)
+        ways += [_by_products(problem)]
     if problem.rows <= ROWS_MOST:
-        ways.append(_by_floats)
-    every = (way(problem) for way in ways)
-    return next((tiles for tiles in every if nbytes_of(problem, tiles) <= cuda.shared_nbytes()), None)
+        ways += _by_floats(problem)
+    return next((tiles for tiles in ways if nbytes_of(problem, tiles) <= cuda.shared_nbytes()), None)
 
 
 def _columns(problem: Problem) -> int:
@@ -89,22 +87,18 @@ def _columns(problem: Problem) -> int:
 
 def _by_pairs(problem: Problem) -> Tiles:
     """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
-    for tiles in _of_many_outputs(problem):
-        if pairs_nbytes(problem, tiles) <= cuda.shared_nbytes():
-            return tiles
-    words, codes = problem.unit
     columns, lanes, k_warps = 2, 32, 16
     while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * columns * lanes:
         lanes //= 2
     blocks = 1 if problem.outputs <= PROCESSORS * columns * lanes else 2
-    units_of_lane = math.ceil(problem.w.codes.length / (codes * k_warps * (32 // lanes)))
-    span = min(4 if words == 1 else 2, units_of_lane)
+    units_of_lane = math.ceil(problem.units / (k_warps * (32 // lanes)))
+    span = min(4 if problem.unit[0] == 1 else 2, units_of_lane)
     tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes, split=True)
     return _with_room(tiles, pairs_nbytes(problem, tiles))
 
 
-def _of_many_outputs(problem: Problem) -> list[Tiles]:
-    """Tiles for one row whose codes come by shared memory, if there is room for them; the faster first.
+def _by_pairs_of_many(problem: Problem) -> list[Tiles]:
+    """Tiles for `kernels/pairs.cu` for one row and many outputs, by shared memory and by registers; the faster first.
 
     With four columns a thread reads x for twice as many codes, if no processor has more to do for it. Of 4 bits two
     columns are faster where blocks take turns and x can stay in registers: their tables are half as large and sooner
@@ -195,25 +189,24 @@ def _by_products(problem: Problem) -> Tiles:
     return min(fit or ways[-1:], key=lambda tiles: takes(problem, tiles) * (tiles.columns + 4))
 
 
-def _by_floats(problem: Problem) -> Tiles:
-    """Tiles for `kernels/matmul.cu`: the most copies of its table for which there is room."""
+def _by_floats(problem: Problem) -> list[Tiles]:
+    """Tiles for `kernels/matmul.cu`, those that take more shared memory first: for few rows of x, copies of a table."""
     span = max(1, (4 if problem.dim == 1 else 2) // (problem.unit[0] * problem.stages))
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
     many = problem.outputs >= 64 * PROCESSORS
     if many and problem.dim == 1 and problem.groups == 1 and problem.rows <= ROWS_MOST // 2:
-        return _by_whole_processors(problem, span)
-    k_warps, out_warps = 8, 1
-    if many and problem.rows > ROWS_SPLIT:
-        k_warps, out_warps = (2, 4) if problem.rows > 16 else (4, 2)
-    blocks = 1 if problem.rows > 16 else 2
-    tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, copies=_copies(problem))
+        tiles = _by_whole_processors(problem, span)
+    else:
+        k_warps, out_warps = 8, 1
+        if many and problem.rows > ROWS_SPLIT:
+            k_warps, out_warps = (2, 4) if problem.rows > 16 else (4, 2)
+        blocks = 1 if problem.rows > 16 else 2
+        tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, copies=_copies(problem))
     splits = [True, False] if problem.rows <= ROWS_SPLIT else [False]
     copies = [tiles.copies >> n for n in range(tiles.copies.bit_length())] or [0]
     ways = [dataclasses.replace(tiles, split=split, copies=count) for split in splits for count in copies]
-    fit = (way for way in ways if matmul_nbytes(problem, way) <= cuda.shared_nbytes())
-    tiles = next(fit, ways[-1])
-    return _with_room(tiles, matmul_nbytes(problem, tiles))
+    return [_with_room(way, matmul_nbytes(problem, way)) for way in ways]
 
 
 def _by_whole_processors(problem: Problem, span: int) -> Tiles:
@@ -221,9 +214,7 @@ def _by_whole_processors(problem: Problem, span: int) -> Tiles:
     span = min(span, 2) if problem.parts[0] is not None else span
     warps = [(8, 2), (4, 3), (4, 4)]  # that share the input side, on different outputs
     sizes = [Tiles("matmul", 4, *both, span, 1, halved=halved) for both in warps for halved in (False, True)]
-    tiles = min(sizes, key=lambda size: takes(problem, size) * (size.outs + TAKING))
-    split = dataclasses.replace(tiles, split=problem.rows <= ROWS_SPLIT)
-    return split if matmul_nbytes(problem, split) <= cuda.shared_nbytes() else tiles
+    return min(sizes, key=lambda size: takes(problem, size) * (size.outs + TAKING))
 
 
 def for_writing(problem: Problem) -> Tiles:

@@ -204,10 +204,17 @@ __device__ __forceinline__ unsigned among_others(const unsigned (&words)[UNIT_WO
   if (begin + COUNT > 32) return __funnelshift_r(first, words[i + 1][word], begin) << shift;
   return begin >= shift ? first >> (begin - shift) : first << (shift - begin);
 }
+// Those bits alone.
 template <int COUNT>
 __device__ __forceinline__ unsigned field_of(const unsigned (&words)[UNIT_WORDS][LANE_WORDS], int word, int at,
                                              int shift) {
   return among_others<COUNT>(words, word, at, shift) & ((1u << COUNT) - 1) << shift;
+}
+// Those bits, and the bits of `more` beside them.
+template <int COUNT>
+__device__ __forceinline__ unsigned field_or(const unsigned (&words)[UNIT_WORDS][LANE_WORDS], int word, int at,
+                                             int shift, unsigned more) {
+  return masked_or(among_others<COUNT>(words, word, at, shift), ((1u << COUNT) - 1) << shift, more);
 }
 
 // The bits of eight codes of one output.

@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           unsigned offset;
           if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
             offset = permuted(from[at / 32][column], lane * 4, 0x7704 | at % 32 / 8 << 4);
-          else offset = masked_or(among_others<2 * BITS>(from, column, at, SHIFT), (PAIRS - 1) << SHIFT, lane * 4);
+          else offset = field_or<2 * BITS>(from, column, at, SHIFT, lane * 4);
           const unsigned values = *reinterpret_cast<const unsigned*>(memory + column_at(column) + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {

@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
         unsigned offset;
         if constexpr (BITS == 8 && SHIFT == 8)
           offset = __byte_perm(codes[code / 4][word], base, 0x7704 | code % 4 << 4);
-        else offset = masked_or(among_others<BITS>(codes, word, code * BITS, SHIFT), (CODES - 1) << SHIFT, base);
+        else offset = field_or<BITS>(codes, word, code * BITS, SHIFT, base);
         const unsigned short number =
             *reinterpret_cast<const unsigned short*>(memory + stage * STAGE_BYTES + step_of(code) + offset);
         if (n % CHAIN == 0) chain = number;
