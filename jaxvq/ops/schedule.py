@@ -37,7 +37,7 @@ class Tiles:
       lanes: of a warp, that have different outputs.
       copies: of a table of vectors in shared memory; 0 leaves it in global memory.
       split: few rows of x are read from shared memory where they are used, not from registers or global memory.
-      ring: spans of words that are on their way to shared memory; 0 reads them to registers.
+      ring: spans of words of palettes that are on their way to shared memory.
       k_blocks: blocks that share the input side; where they add up, those of a cluster.
       halved: the last of the `out_warps` has half as many outputs.
     """
@@ -72,7 +72,7 @@ def choose(problem: Problem) -> Tiles | None:
         if problem.parts[0] is None:
             ways += [_by_integers(problem)]
         elif problem.groups == 1:
-            ways += [*_by_pairs_of_many(problem), _by_pairs(problem)]
+            ways += _by_pairs(problem)
     if problem.rows == 1 and _is_worth_tables(problem):
         ways += [_by_products(problem)]
     if problem.rows <= ROWS_MOST:
@@ -85,41 +85,48 @@ def _columns(problem: Problem) -> int:
     return 4 if problem.outputs >= 24 * PROCESSORS else 2
 
 
-def _by_pairs(problem: Problem) -> Tiles:
-    """Tiles for `kernels/pairs.cu`: the most outputs of a block that leave one for two thirds of the processors."""
-    columns, lanes, k_warps = 2, 32, 16
-    while lanes > 8 and 3 * problem.outputs < 2 * PROCESSORS * columns * lanes:
-        lanes //= 2
-    blocks = 1 if problem.outputs <= PROCESSORS * columns * lanes else 2
-    units_of_lane = math.ceil(problem.units / (k_warps * (32 // lanes)))
-    span = min(4 if problem.unit[0] == 1 else 2, units_of_lane)
-    tiles = Tiles("pairs", columns, k_warps, 1, span, blocks, lanes, split=True)
-    return _with_room(tiles, pairs_nbytes(problem, tiles))
+def _by_pairs(problem: Problem) -> list[Tiles]:
+    """Tiles for `kernels/pairs.cu`, the faster first, which take more shared memory.
 
+    Lanes have the same outputs as long as that gives work to more processors; where it leaves a lane few codes, fewer
+    warps are sooner through. A step is at most half of what a lane has, so that one is on its way while one is used.
 
-def _by_pairs_of_many(problem: Problem) -> list[Tiles]:
-    """Tiles for `kernels/pairs.cu` for one row and many outputs, by shared memory and by registers; the faster first.
-
-    With four columns a thread reads x for twice as many codes, if no processor has more to do for it. Of 4 bits two
-    columns are faster where blocks take turns and x can stay in registers: their tables are half as large and sooner
-    written.
+    One row of many outputs has four columns, where a thread reads x for twice as many codes, if no processor has more
+    to do for it. Of 4 bits two columns are faster where blocks take turns and x can stay in registers: their tables are
+    half as large and sooner written.
     """
-    if problem.rows > 1 or problem.bits < 2 or problem.outputs % 4:
-        return []
-    two = Tiles("pairs", 2, 16, 1, 32 // problem.unit[1], 1, 32, ring=4)
-    held = _part(problem, two) <= HELD
-    wide = dataclasses.replace(two, columns=4, ring=2, split=problem.bits == 4 or not held)
+    lanes, k_warps = 32, 16
+    while lanes > 8 and problem.outputs <= PROCESSORS * lanes:
+        lanes //= 2
+    if lanes < 32 and _units_of_lane(problem, k_warps, lanes) * problem.unit[1] <= 32:
+        k_warps = 8
+    units = _units_of_lane(problem, k_warps, lanes)
+    span = min(32 // problem.unit[1], math.ceil(units / 2))
+    rings = [(span, ring) for ring in range(max(2, min(4, math.ceil(units / span))), 1, -1)]
+    rings += [(span >> halved, 2) for halved in range(1, span.bit_length())] + [(1, 1)]
+    ways = [_with_inputs(problem, Tiles("pairs", 2, k_warps, 1, span, 1, lanes, ring=ring)) for span, ring in rings]
+    two, wide = ways[0], _with_inputs(problem, dataclasses.replace(ways[0], columns=4, ring=2))
     takes_two, takes_wide = takes(problem, two), takes(problem, wide)
-    ways = [two] if problem.bits == 4 and takes_wide > 1 and held else []
-    if takes_wide * wide.outs <= takes_two * two.outs:
-        ways += [wide, dataclasses.replace(wide, ring=0, split=True)]
-    return ways
+    if problem.rows > 1 or problem.bits < 2 or lanes < 32 or takes_wide * wide.outs > takes_two * two.outs:
+        return ways
+    return ways if problem.bits == 4 and takes_wide > 1 and not two.split else [wide, *ways]
+
+
+def _units_of_lane(problem: Problem, k_warps: int, lanes: int) -> int:
+    """Units that a lane of `kernels/pairs.cu` has of an output."""
+    return math.ceil(problem.units / (k_warps * (32 // lanes)))
+
+
+def _with_inputs(problem: Problem, tiles: Tiles) -> Tiles:
+    """x stays in registers where there is room for it, beside the words of four columns only if these are few."""
+    held = problem.rows * _part(problem, tiles) <= HELD and (tiles.columns == 2 or problem.bits < 4)
+    return dataclasses.replace(tiles, split=not held)
 
 
 def _part(problem: Problem, tiles: Tiles) -> int:
     """Codes that a lane of `kernels/pairs.cu` has of an output, in whole spans."""
-    at_once = tiles.k_warps * (32 // tiles.lanes) * tiles.span
-    return math.ceil(problem.units / at_once) * tiles.span * problem.unit[1]
+    steps = math.ceil(_units_of_lane(problem, tiles.k_warps, tiles.lanes) / tiles.span)
+    return steps * tiles.span * problem.unit[1]
 
 
 def _by_integers(problem: Problem) -> Tiles:

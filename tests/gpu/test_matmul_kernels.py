@@ -74,16 +74,22 @@ def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
         assert digits_lost(traced_anew(x, w), x, w) < 4e-3, rows
 
 
-@pytest.mark.parametrize("shape", [(2048, 204), (4096, 380), (3000, 380), (257, 100)], ids=str)
+@pytest.mark.parametrize("processors", [1, 8])
+@pytest.mark.parametrize("shape", [(2048, 204), (4096, 380), (3000, 377), (257, 100), (8200, 99)], ids=str)
 @pytest.mark.parametrize("name", [name for name in PALETTES if "groups" not in name])
-def test_codes_of_many_outputs_come_by_rings(name, shape, monkeypatch):
-    """Whole steps of the input side and parts of one, x in registers and in shared memory, several tables in turn."""
-    monkeypatch.setattr(schedule, "PROCESSORS", 1)
-    monkeypatch.setattr(schedule, "CLUSTERS", {1: 1})
-    w, x = weight(name, shape), inputs(1, shape[0], "bfloat16")
-    tiles = schedule.choose(Problem(1, shape[0], x.dtype, w))
-    assert (tiles.kernel, tiles.ring > 0) == ("pairs", w.codes.bits > 1)
-    assert digits_lost(traced_anew(x, w), x, w) < 4e-3
+def test_codes_of_palettes_come_by_rings(name, shape, processors, monkeypatch):
+    """Whole steps of the input side and parts of one, x in registers and in shared memory, several tables in turn.
+
+    With more processors, lanes of a warp share the outputs.
+    """
+    monkeypatch.setattr(schedule, "PROCESSORS", processors)
+    monkeypatch.setattr(schedule, "CLUSTERS", {1: processors})
+    w = weight(name, shape)
+    for rows in (1, 2):
+        x = inputs(rows, shape[0], "bfloat16")
+        tiles = schedule.choose(Problem(rows, shape[0], x.dtype, w))
+        assert (tiles.kernel, tiles.lanes < 32) == ("pairs", shape[1] <= processors * 32)
+        assert digits_lost(traced_anew(x, w), x, w) < 4e-3
 
 
 TABLES = ["2 x 8 bits, d=8", "1 x 12 bits, d=8", "3 x 6 bits, d=4, int8", "4 x 4 bits, d=8", "1 x 5 bits, d=4"]

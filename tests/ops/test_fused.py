@@ -261,39 +261,68 @@ def test_threads_have_more_outputs_of_a_row_where_no_processor_waits_for_it(outp
 
 
 RINGS = {
-    ("4-bit palettes", (4096, 14336), 1): (4, 2, 1),
-    ("4-bit palettes", (2048, 128256), 1): (2, 4, 0),
-    ("4-bit palettes", (2048, 20_000), 1): (2, 4, 0),
-    ("4-bit palettes", (4096, 20_000), 1): (2, 0, 1),
-    ("4-bit palettes", (4096, 4096), 1): (2, 0, 1),
-    ("4-bit palettes", (4096, 14336), 2): (2, 0, 1),
-    ("4-bit palettes", (4096, 14338), 1): (2, 0, 1),
-    ("3-bit palettes", (2048, 16384), 1): (4, 2, 0),
-    ("2-bit palettes", (4096, 14336), 1): (4, 2, 1),
-    ("1-bit palettes", (4096, 14336), 1): (2, 0, 1),
+    ("4-bit palettes", (4096, 14336), 1): (4, 32, 16, 2, 1),
+    ("4-bit palettes", (2048, 128256), 1): (2, 32, 16, 4, 0),
+    ("4-bit palettes", (2048, 20_000), 1): (2, 32, 16, 4, 0),
+    ("4-bit palettes", (4096, 20_000), 1): (2, 32, 16, 4, 1),
+    ("4-bit palettes", (4096, 4096), 1): (2, 16, 16, 4, 0),
+    ("4-bit palettes", (4096, 4096), 2): (2, 16, 16, 4, 1),
+    ("4-bit palettes", (4096, 14336), 2): (2, 32, 16, 4, 1),
+    ("4-bit palettes", (4096, 14338), 1): (4, 32, 16, 2, 1),
+    ("4-bit palettes", (2048, 3072), 1): (2, 16, 16, 2, 0),
+    ("4-bit palettes", (2048, 2048), 1): (2, 8, 8, 2, 0),
+    ("4-bit palettes", (32, 2048), 1): (2, 8, 8, 2, 0),
+    ("3-bit palettes", (2048, 16384), 1): (4, 32, 16, 2, 0),
+    ("2-bit palettes", (4096, 14336), 1): (4, 32, 16, 2, 1),
+    ("1-bit palettes", (4096, 14336), 1): (2, 32, 16, 4, 1),
 }
 
 
 @pytest.mark.parametrize(("name", "shape", "rows"), RINGS)
-def test_codes_of_many_outputs_come_by_rings_of_shared_memory(name, shape, rows, fake_compiler, launches):
-    """(columns, places of the ring, whether x is read from shared memory)"""
+def test_rings_of_shared_memory_that_codes_of_palettes_come_by(name, shape, rows, fake_compiler, launches):
+    """(columns, lanes with different outputs, warps, places of the ring, whether x is read from shared memory)"""
 
     def look(w):
         given = launched(launches, rows, w).constants
-        assert tuple(given[key] for key in ("COLUMNS", "RING", "SPLIT")) == RINGS[name, shape, rows]
+        assert tuple(given[key] for key in ("COLUMNS", "LANES", "K_WARPS", "RING", "SPLIT")) == RINGS[name, shape, rows]
 
     look_at(name, shape, look)
 
 
-@pytest.mark.parametrize(("memory", "inputs", "columns"), [(RTX_4090, 4096, 2), (A100, 4096, 4), (H100, 12288, 4)])
-def test_no_ring_without_room_for_it(memory, inputs, columns, fake_compiler, launches, monkeypatch):
+@pytest.mark.parametrize(
+    ("memory", "shape", "rows", "tiles"),
+    [
+        (A100, (4096, 14336), 1, (2, 4, 4)),
+        (H100, (12288, 14336), 1, (2, 4, 4)),
+        (RTX_4090, (4096, 14336), 1, (2, 2, 2)),
+        (RTX_4090, (8192, 8192), 1, (2, 1, 2)),
+        (RTX_4090, (11008, 4096), 1, (2, 1, 2)),
+        (RTX_4090, (4096, 14336), 2, (2, 1, 2)),
+    ],
+)
+def test_fewer_columns_and_smaller_rings_where_there_is_less_room(
+    memory, shape, rows, tiles, fake_compiler, launches, monkeypatch
+):
+    """(columns, units of a step, places of the ring)"""
     monkeypatch.setattr(cuda, "shared_nbytes", lambda: memory)
 
     def look(w):
-        given = launched(launches, 1, w).constants
-        assert (given["COLUMNS"], given["RING"], given["SPLIT"]) == (columns, 0, 1)
+        launch = launched(launches, rows, w)
+        given = launch.constants
+        assert launch.name == "pairs"
+        assert (given["COLUMNS"], given["SPAN"], given["RING"]) == tiles
 
-    look_at("4-bit palettes", (inputs, 14336), look)
+    look_at("4-bit palettes", shape, look)
+
+
+@pytest.mark.parametrize(("outputs", "lanes"), [(2048, 8), (2112, 8), (2560, 16), (4224, 16), (5120, 32)])
+def test_lanes_have_the_same_outputs_where_that_gives_work_to_more_processors(outputs, lanes, fake_compiler, launches):
+    def look(w):
+        launch = launched(launches, 1, w)
+        assert (launch.constants["LANES"], launch.constants["TAKES"]) == (lanes, 1)
+        assert launch.blocks == -(-outputs // (2 * lanes))
+
+    look_at("4-bit palettes", (2048, outputs), look)
 
 
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):

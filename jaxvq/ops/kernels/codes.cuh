@@ -39,13 +39,19 @@ __device__ __forceinline__ float float_of(unsigned short half) {
   return x;
 }
 
+// The bits of a number in memory, and the number that bits are.
 template <int TYPE>
-__device__ __forceinline__ float number(const void* from, long long index) {
-  if constexpr (TYPE == FLOAT32) return __ldg(static_cast<const float*>(from) + index);
-  if constexpr (TYPE == BFLOAT16)
-    return __uint_as_float((unsigned)__ldg(static_cast<const unsigned short*>(from) + index) << 16);
-  if constexpr (TYPE == FLOAT16) return float_of(__ldg(static_cast<const unsigned short*>(from) + index));
-  return __ldg(static_cast<const signed char*>(from) + index);
+__device__ __forceinline__ unsigned bits_at(const void* from, long long index) {
+  if constexpr (TYPE == FLOAT32) return __ldg(static_cast<const unsigned*>(from) + index);
+  if constexpr (TYPE == INT8) return __ldg(static_cast<const unsigned char*>(from) + index);
+  return __ldg(static_cast<const unsigned short*>(from) + index);
+}
+template <int TYPE>
+__device__ __forceinline__ float number_of(unsigned bits) {
+  if constexpr (TYPE == FLOAT32) return __uint_as_float(bits);
+  if constexpr (TYPE == BFLOAT16) return __uint_as_float(bits << 16);
+  if constexpr (TYPE == FLOAT16) return float_of((unsigned short)bits);
+  return (signed char)bits;
 }
 
 __device__ __forceinline__ float x_value(unsigned short bits) {
@@ -244,18 +250,25 @@ struct Decoder {
     const int g = group / (FINEST / g_blocks), o = min(out, OUTPUTS - 1) / (OUTPUTS / out_blocks);
     return (long long)g * out_blocks + o;
   }
+  __device__ __forceinline__ unsigned bits_of_scale(int group, int out, int stage = 0) const {
+    if constexpr (SCALES == 0) return 0;
+    return bits_at<SCALES>(scales, block(group, out, SCALE_G, SCALE_OUT) * SCALE_STAGES + min(stage, SCALE_STAGES - 1));
+  }
+  __device__ __forceinline__ float scale_of(unsigned bits) const { return SCALES == 0 ? 1 : number_of<SCALES>(bits); }
   __device__ __forceinline__ float scale(int group, int out, int stage = 0) const {
-    if constexpr (SCALES == 0) return 1;
-    return number<SCALES>(scales, block(group, out, SCALE_G, SCALE_OUT) * SCALE_STAGES + min(stage, SCALE_STAGES - 1));
+    return scale_of(bits_of_scale(group, out, stage));
   }
   __device__ __forceinline__ float zero(int group, int out) const {
     if constexpr (ZEROS == 0) return BITS == 1 ? 0.5f : (1 << (BITS - 1)) - 1.f;
-    return number<ZEROS>(zeros, block(group, out, G_BLOCKS, OUT_BLOCKS));
+    return number_of<ZEROS>(bits_at<ZEROS>(zeros, block(group, out, G_BLOCKS, OUT_BLOCKS)));
   }
   // Value `j` of the vector of a code, without its scale; of the last code for those beyond.
-  __device__ __forceinline__ float entry(int group, int out, int stage, int code, int j) const {
+  __device__ __forceinline__ unsigned bits_of_entry(int group, int out, int stage, int code, int j) const {
     const long long table = block(group, out, G_BLOCKS, OUT_BLOCKS) * STAGES + stage;
-    return number<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
+    return bits_at<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
+  }
+  __device__ __forceinline__ float entry(int group, int out, int stage, int code, int j) const {
+    return number_of<VECTORS>(bits_of_entry(group, out, stage, code, j));
   }
   // Values `j` and `j + 1` of a vector of the one codebook, with the stage's scale.
   __device__ __forceinline__ float2 two_values(int stage, int code, int j) const {

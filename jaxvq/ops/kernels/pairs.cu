@@ -11,14 +11,14 @@
 // up in float16, and those sums in float32. The K_WARPS of a block share the input side and add up at the end, in a
 // fixed order.
 //
-// Codes are read some steps ahead, one step into registers, or RING steps into shared memory: large tables leave too
-// little of it as cache for all that should be on its way to registers. A lane's part of x is read from shared memory
-// step by step (SPLIT), or once, into registers; then steps are unrolled.
+// Codes are copied to shared memory RING steps ahead. On its way to registers as much would need as many registers, and
+// room in the cache, of which large tables leave too little. A lane's part of x is read from shared memory step by step
+// (SPLIT), or once, into registers; then steps are unrolled.
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
 // ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES,
-// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, BLOCKS (at once on a processor). All else is as for
-// one palette an output.
+// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, BLOCKS (at once on a processor), TAKES (parts of the
+// outputs that a block takes in turn). All else is as for one palette an output.
 
 #include "codes.cuh"
 
@@ -33,12 +33,18 @@ constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
 // Eights of codes whose products are added up in float16: at most eight in each half of a register.
 constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;
+constexpr int GRID = (BLOCKS_OF_OUTS + TAKES - 1) / TAKES;  // blocks of threads
 constexpr int STAGED = LEVELS * OUTS, RAW = (STAGED + THREADS - 1) / THREADS;
-constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;  // that write the table of a column
+constexpr int AT_ONCE = LEVELS < 8 ? LEVELS : 8;  // values of a palette that are read at once
+struct __align__(2 * AT_ONCE) Values {
+  unsigned two[AT_ONCE / 2];
+};
+constexpr int COPIED = OUTPUTS % 4 == 0 ? 4 : 1;  // words that are copied at once
+constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;   // that write the table of a column
 static_assert(OUT_WARPS == 1 && K_WARPS % COLUMNS == 0, "all warps of a block share its outputs and tables");
 static_assert(COLUMNS % 2 == 0, "two columns to a row of a table");
+static_assert(RING > 0, "codes come by the ring");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
-static_assert(RING == 0 || (OUTPUTS % 4 == 0 && LANES == 32), "words are copied by fours, a row by lanes in order");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
@@ -52,12 +58,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float* powers = sums + K_WARPS * ROWS * OUTS;  // of the palettes, those of this block of outputs and the next
   unsigned short* staged = reinterpret_cast<unsigned short*>(powers + 2 * OUTS);  // the palettes
 
-  float raw[RAW];
+  // Bits, for a number would have to be there before anything else is asked for.
+  unsigned raw[RAW], raw_scales[RAW];
   auto read_palettes = [&](int block) {
 #pragma unroll
     for (int i = 0; i < RAW; ++i) {
       const int item = threadIdx.x + i * THREADS, out = block * OUTS + item / LEVELS, code = item % LEVELS;
-      if (STAGED % THREADS == 0 || item < STAGED) raw[i] = decoder.scale(0, out) * decoder.entry(0, out, 0, code, 0);
+      if (STAGED % THREADS == 0 || item < STAGED)
+        raw[i] = decoder.bits_of_entry(0, out, 0, code, 0), raw_scales[i] = decoder.bits_of_scale(0, out);
     }
   };
   // Values go from the registers by shared memory into tables of pairs.
@@ -66,75 +74,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int i = 0; i < RAW; ++i) {
       const int item = threadIdx.x + i * THREADS, out = item / LEVELS, code = item % LEVELS;
       if (STAGED % THREADS == 0 || item < STAGED) {
-        float most = isfinite(raw[i]) ? fabsf(raw[i]) : 0;
+        const float value = number_of<VECTORS>(raw[i]) * decoder.scale_of(raw_scales[i]);
+        float most = isfinite(value) ? fabsf(value) : 0;
 #pragma unroll
         for (int far = 1; far < LEVELS; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
         const float2 power = power_for(most, 0);
-        staged[code * OUTS + out % COLUMNS * LANES + out / COLUMNS] =
-            (unsigned short)two_halves<false>(raw[i] * power.x, 0);
+        const int row = out % COLUMNS * LANES + out / COLUMNS;
+        staged[(code / AT_ONCE * OUTS + row) * AT_ONCE + code % AT_ONCE] =
+            (unsigned short)two_halves<false>(value * power.x, 0);
         if (code == 0) powers[out] = power.y;
       }
     }
   };
   auto write_tables = [&] {
     const int column = warp % COLUMNS;
-    const unsigned short* mine = staged + column * LANES + lane % LANES;
-    unsigned first[LEVELS];
+    const unsigned short* mine = staged + (column * LANES + lane % LANES) * AT_ONCE;
+    Values first[LEVELS / AT_ONCE];
 #pragma unroll
-    for (int code = 0; code < LEVELS; ++code) first[code] = mine[code * OUTS];
+    for (int i = 0; i < LEVELS / AT_ONCE; ++i) first[i] = reinterpret_cast<const Values*>(mine)[i * OUTS];
     unsigned char* table = memory + column_at(column) + lane * 4;
 #pragma unroll
     for (int i = 0; i < (LEVELS + COLUMN_WARPS - 1) / COLUMN_WARPS; ++i) {
       const int code = warp / COLUMNS + i * COLUMN_WARPS;
       if (LEVELS % COLUMN_WARPS == 0 || code < LEVELS) {
-        const unsigned second = (unsigned)mine[code * OUTS] << 16;
+        const unsigned second = mine[code / AT_ONCE * OUTS * AT_ONCE + code % AT_ONCE];
 #pragma unroll
         for (int other = 0; other < LEVELS; ++other)
-          *reinterpret_cast<unsigned*>(table + (code * LEVELS + other) * STRIDE) = first[other] | second;
+          *reinterpret_cast<unsigned*>(table + (code * LEVELS + other) * STRIDE) =
+              permuted(first[other / AT_ONCE].two[other % AT_ONCE / 2], second, other % 2 ? 0x5432 : 0x5410);
       }
     }
   };
 
-  const int first_unit = warp * TURNS * SHARES, my_out = lane % LANES * COLUMNS;
+  const int first_unit = warp * TURNS * SHARES;
   unsigned char* my_ring = ring + warp * 32 * COLUMNS * 4;
-  // A lane copies four words, of two columns also its neighbour's, some of them for each row of a step.
-  constexpr int COPYING = 8 * COLUMNS, ROWS_AT_ONCE = 32 / COPYING;
-  const int copied_row = lane / COPYING, copied_out = lane % COPYING * 4;
-  unsigned coming[SPAN][UNIT_WORDS][LANE_WORDS];
   int coming_block = blockIdx.x, coming_turn = 0;
-  // Starts to read this warp's words of the step after the last one. Beyond the input side they are some before.
+  // Starts to copy this warp's words of the step after the last one. Beyond the input side they are some before.
   auto start = [&](int place) {
     if (coming_block < BLOCKS_OF_OUTS) {
-      const int unit = first_unit + coming_turn * SHARES;
-      if constexpr (RING == 0) {
-        const int out = coming_block * OUTS + my_out;
-        const unsigned* from = unit_at(words, unit + share, out);
+      constexpr int COPIES_OF_ROW = 32 * COLUMNS / COPIED, COUNT = STEP_ROWS * COPIES_OF_ROW;
+      const unsigned to = address_of(my_ring + place * STEP_BYTES);
 #pragma unroll
-        for (int s = 0; s < SPAN; ++s)
-          read_unit<EXACT>(coming[s], from + s * NEXT_TURN, unit + s * SHARES + share, out);
-      } else {
-        const int out = min(coming_block * OUTS + copied_out, OUTPUTS - 4);
-        const unsigned to = address_of(my_ring + place * STEP_BYTES + copied_row * ROW_BYTES + copied_out * 4);
-#pragma unroll
-        for (int i = 0; i < STEP_ROWS; i += ROWS_AT_ONCE) {
-          if (STEP_ROWS % ROWS_AT_ONCE != 0 && i + copied_row >= STEP_ROWS) continue;
-          const int row = unit * UNIT_WORDS + i + copied_row;
-          start_copy<4>(to + i * ROW_BYTES, words + (long long)(EXACT ? row : min(row, WORD_ROWS - 1)) * OUTPUTS + out);
-        }
+      for (int i = 0; i < (COUNT + 31) / 32; ++i) {
+        const int copy = i * 32 + lane, row = copy / COPIES_OF_ROW, word = copy % COPIES_OF_ROW * COPIED;
+        if (COUNT % 32 != 0 && copy >= COUNT) continue;
+        const int unit = first_unit + (coming_turn + row / UNIT_WORDS) * SHARES + word / OUTS;
+        const int from_row = unit * UNIT_WORDS + row % UNIT_WORDS;
+        const int out = min(coming_block * OUTS + word % OUTS, OUTPUTS - COPIED);
+        start_copy<COPIED>(to + row * ROW_BYTES + word * 4,
+                           words + (long long)(EXACT ? from_row : min(from_row, WORD_ROWS - 1)) * OUTPUTS + out);
       }
       coming_turn += SPAN;
-      if (coming_turn == TURNS) coming_turn = 0, coming_block += gridDim.x;
+      if (coming_turn == TURNS) coming_turn = 0, coming_block += GRID;
     }
-    if constexpr (RING > 0) end_group();
-    else __syncwarp();  // else the compiler has this wait until what was started before has been used
+    end_group();
   };
-  unsigned codes[SPAN][UNIT_WORDS][LANE_WORDS];
+  unsigned codes[SPAN][UNIT_WORDS][COLUMNS];
   // The words of the step that was started first. Then there is room for another.
   auto take = [&](int place) {
-    if constexpr (RING > 0) {
-      wait_for_all_but<RING - 1>();
-      __syncwarp();
-    }
+    wait_for_all_but<RING - 1>();
+    __syncwarp();
 #pragma unroll
     for (int s = 0; s < SPAN; ++s)
 #pragma unroll
@@ -143,13 +142,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             my_ring + place * STEP_BYTES + (s * UNIT_WORDS + i) * ROW_BYTES + lane * COLUMNS * 4;
 #pragma unroll
         for (int j = 0; j < COLUMNS; j += 2) {
-          uint2 two;
-          if constexpr (RING == 0) two = make_uint2(coming[s][i][j], coming[s][i][j + 1]);
-          else two = *reinterpret_cast<const uint2*>(from + j * 4);
+          const uint2 two = *reinterpret_cast<const uint2*>(from + j * 4);
           codes[s][i][j] = two.x, codes[s][i][j + 1] = two.y;
         }
       }
-    if constexpr (RING > 0) __syncwarp();
+    __syncwarp();
   };
   read_palettes(blockIdx.x);
   // The part of x that this warp multiplies.
@@ -163,8 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   // Not unrolled, for else the compiler has the codes read first, and tables wait for palettes behind them.
 #pragma unroll 1
-  for (int place = 0; place < max(RING, 1); ++place) start(place);
-  if constexpr (RING == 0) take(0);
+  for (int place = 0; place < RING; ++place) start(place);
 
   float x_power[ROWS];
 #pragma unroll
@@ -183,7 +179,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   auto x_of = [&](int n, int turn, int octet) {
     return *reinterpret_cast<const uint4*>(first_x + n * X_ROW + turn * SHARES * UNIT_CODES + octet * 8);
   };
-  stage_palettes(powers);
   uint4 held[ROWS][SPLIT ? 1 : TURNS * OCTETS];
   if constexpr (!SPLIT) {
     __syncwarp();
@@ -192,11 +187,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int i = 0; i < TURNS * OCTETS; ++i) held[n][i] = x_of(n, i / OCTETS, i % OCTETS);
   }
+  stage_palettes(powers);
   __syncthreads();
 
   float totals[ROWS][COLUMNS][2];
   unsigned chains[ROWS][COLUMNS];
-  auto use = [&](int turn, int first_octet, const unsigned (&from)[UNIT_WORDS][LANE_WORDS]) {
+  auto use = [&](int turn, int first_octet, const unsigned (&from)[UNIT_WORDS][COLUMNS]) {
 #pragma unroll
     for (int octet = 0; octet < OCTETS; ++octet) {
       unsigned inputs[ROWS][4];
@@ -234,9 +230,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   int place = 0;  // of the ring
 #pragma unroll 1
-  for (int block = blockIdx.x, i = 0; block < BLOCKS_OF_OUTS; block += gridDim.x, ++i) {
-    const int next = block + gridDim.x;
-    const bool more = next < BLOCKS_OF_OUTS;
+  for (int i = 0, block = blockIdx.x; i < TAKES && block < BLOCKS_OF_OUTS; ++i, block += GRID) {
+    const int next = block + GRID;
+    const bool more = i + 1 < TAKES && next < BLOCKS_OF_OUTS;
     write_tables();
     __syncthreads();
     if (more) read_palettes(next);
@@ -246,18 +242,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int column = 0; column < COLUMNS; ++column) totals[n][column][0] = totals[n][column][1] = 0;
 #pragma unroll UNROLLED
     for (int step = 0; step < STEPS; ++step) {
-      if constexpr (RING > 0) take(place);
+      take(place);
       start(place);
 #pragma unroll
       for (int s = 0; s < SPAN; ++s) use(step * SPAN + s, s * OCTETS, codes[s]);
-      if constexpr (RING == 0) take(0);
       place = place + 1 < RING ? place + 1 : 0;
     }
 #pragma unroll
     for (int n = 0; n < ROWS; ++n)
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) {
-        const int out = my_out + column;
+        const int out = lane % LANES * COLUMNS + column;
         float sum = totals[n][column][0] + totals[n][column][1];
 #pragma unroll
         for (int far = LANES; far < 32; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);
