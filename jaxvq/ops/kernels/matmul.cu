@@ -85,33 +85,45 @@ __device__ __forceinline__ uint4 crossed(uint4 x) {
                     __byte_perm(x.y, x.w, 0x7632));
 }
 
-// Writes the palettes of COUNT outputs, shared out among `threads`: for each output the lower bytes of sixteen 16-bit
-// floats, then the upper ones.
-template <int COUNT>
+// Shares out COUNT items among so many threads, some items at a time: what they read is then on its way together.
+template <int COUNT, int AMONG = THREADS, typename Item>
+__device__ __forceinline__ void share_out(int thread, Item item) {
+#pragma unroll 4
+  for (int n = 0; n < (COUNT + AMONG - 1) / AMONG; ++n) {
+    const int i = n * AMONG + thread;
+    if (COUNT % AMONG == 0 || i < COUNT) item(i);
+  }
+}
+
+// Writes the palettes of COUNT outputs, shared out among so many threads: for each output the lower bytes of sixteen
+// 16-bit floats, then the upper ones.
+template <int COUNT, int AMONG>
 __device__ __forceinline__ void write_palettes(unsigned char* palettes, const Decoder& decoder, int group,
-                                               int first_out, int thread, int threads) {
-#pragma unroll 2
-  for (int i = thread; i < COUNT * 8; i += threads) {
+                                               int first_out, int thread) {
+  share_out<COUNT * 8, AMONG>(thread, [&](int i) {
     const int out = first_out + i / 8, part = i % 8;
     const float scale = decoder.scale(group, out);
     const unsigned both = two_halves<BFLOAT>(decoder.entry(group, out, 0, 2 * part, 0) * scale,
                                              decoder.entry(group, out, 0, 2 * part + 1, 0) * scale);
     unsigned short* to = reinterpret_cast<unsigned short*>(palettes + i / 8 * 32) + part;
     to[0] = (unsigned short)__byte_perm(both, 0, 0x4420), to[8] = (unsigned short)__byte_perm(both, 0, 0x4431);
-  }
+  });
 }
 
 // Codes beyond the entries, as those read beyond the input side may be, stand for the last entry. Each thread writes
-// all copies of an entry, beginning with that of its own lane, so that they do not meet in a bank.
+// all copies of an entry, beginning with that of its own lane, so that they do not meet in a bank. A table that is the
+// codebook as it is comes by copies, which end with `wait_for_all_but<0>`.
 __device__ __forceinline__ void write_table(unsigned char* table, const Decoder& decoder) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < (1 << BITS) * STAGES; i += THREADS) {
+  share_out<(1 << BITS) * STAGES>(threadIdx.x, [&](int i) {
     const int stage = i % STAGES, code = i / STAGES;
     unsigned cell[(DIM + 1) / 2];
     if constexpr (SCALES == 0 && VECTORS == (BFLOAT ? BFLOAT16 : FLOAT16)) {
       const unsigned* from =
           static_cast<const unsigned*>(decoder.vectors) + (stage * ENTRIES + min(code, ENTRIES - 1)) * (DIM / 2);
-      if constexpr (DIM == 8) {
+      if constexpr (DIM == 8 && COPIES == 1) {
+        start_copy<4>(address_of(table + code * STRIDE + stage * CELL), from);
+        return;
+      } else if constexpr (DIM == 8) {
         const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
         cell[0] = all.x, cell[1] = all.y, cell[2] = all.z, cell[3] = all.w;
       } else {
@@ -132,7 +144,8 @@ __device__ __forceinline__ void write_table(unsigned char* table, const Decoder&
       else if constexpr (DIM == 4) *reinterpret_cast<uint2*>(to) = make_uint2(cell[0], cell[1]);
       else *reinterpret_cast<unsigned*>(to) = cell[0];
     }
-  }
+  });
+  end_group();
 }
 
 // Columns of a warp, known to the compiler.
@@ -356,11 +369,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Warps are in different groups at a time, or else have the same palettes.
     if constexpr (GROUPED) {
       __syncwarp();
-      write_palettes<OUTS>(palettes, decoder, group, first_out, lane, 32);
+      write_palettes<OUTS, 32>(palettes, decoder, group, first_out, lane);
       __syncwarp();
     } else {
       __syncthreads();
-      write_palettes<BLOCK_OUTS>(memory, decoder, 0, first_out - out_warp * OUTS, threadIdx.x, THREADS);
+      write_palettes<BLOCK_OUTS, THREADS>(memory, decoder, 0, first_out - out_warp * OUTS, threadIdx.x);
       __syncthreads();
     }
 #pragma unroll
@@ -381,15 +394,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int s = 0; s < SPAN; ++s)
       if (sharer * PART_TURNS < TURNS) read(mine, s, sharer * PART_TURNS, first_block);
   });
+  __syncwarp();  // else the compiler has these read after the table
   if constexpr (TABLE) write_table(memory, decoder);
   // Few rows of x are in shared memory, pairs 0 and 2 of eight values before pairs 1 and 3.
   if constexpr (X_BYTES > 0) {
-#pragma unroll 2
-    for (int i = threadIdx.x; i < X_BYTES / 16; i += THREADS) {
+    share_out<X_BYTES / 16>(threadIdx.x, [&](int i) {
       const uint4 all = crossed(eight_inputs<EXACT>(x, i / (X_ROW / 8), i % (X_ROW / 8) * 8));
       *reinterpret_cast<uint4*>(shared_x + i * 16) = make_uint4(all.x, all.z, all.y, all.w);
-    }
+    });
   }
+  if constexpr (TABLE) wait_for_all_but<0>();
   __syncthreads();
 #pragma unroll 1
   for (int block = first_block; block < BLOCKS_OF_OUTS; block += blocks) {
