@@ -175,8 +175,11 @@ def _attend(
     # Sums of products along the last axis, which on a GPU become one program; matrix products would be five.
     scores = jnp.sum(queries * keys.transpose(1, 0, 2)[:, None], axis=-1) / head**0.5
     seen = jnp.arange(length) <= (position + jnp.arange(t))[:, None, None, None]
-    shares = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    shares = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     attended = jnp.sum(shares[:, :, :, None] * values.transpose(1, 2, 0)[:, None], axis=-1)
+    # Divided last: once a feature, not once a token that is kept.
+    attended = attended / jnp.sum(shares, axis=-1)[..., None]
     return attended.reshape(t, -1), kept
 
 
