@@ -54,10 +54,7 @@ __device__ __forceinline__ float number_of(unsigned bits) {
   return (signed char)bits;
 }
 
-__device__ __forceinline__ float x_value(unsigned short bits) {
-  if constexpr (BFLOAT) return __uint_as_float((unsigned)bits << 16);
-  return float_of(bits);
-}
+__device__ __forceinline__ float x_value(unsigned short bits) { return number_of<BFLOAT ? BFLOAT16 : FLOAT16>(bits); }
 
 __device__ __forceinline__ unsigned short rounded(float x) {
   unsigned short bits;
@@ -262,11 +259,11 @@ struct Decoder {
     if constexpr (ZEROS == 0) return BITS == 1 ? 0.5f : (1 << (BITS - 1)) - 1.f;
     return number_of<ZEROS>(bits_at<ZEROS>(zeros, block(group, out, G_BLOCKS, OUT_BLOCKS)));
   }
-  // Value `j` of the vector of a code, without its scale; of the last code for those beyond.
   __device__ __forceinline__ unsigned bits_of_entry(int group, int out, int stage, int code, int j) const {
     const long long table = block(group, out, G_BLOCKS, OUT_BLOCKS) * STAGES + stage;
     return bits_at<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
   }
+  // Value `j` of the vector of a code, without its scale; of the last code for those beyond.
   __device__ __forceinline__ float entry(int group, int out, int stage, int code, int j) const {
     return number_of<VECTORS>(bits_of_entry(group, out, stage, code, j));
   }
