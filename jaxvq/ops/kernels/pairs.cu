@@ -3,8 +3,9 @@
 // Two codes that follow each other along the input side are one index into a table of all pairs of values of their
 // output. The tables of a block's outputs lie side by side in shared memory, pair by pair, so that every lane of a warp
 // reads from a bank of its own whatever the codes are. A lane has COLUMNS neighbouring outputs, two of them in tables
-// half a row apart. If LANES, those with different outputs, are fewer than 32, the others have the same outputs, tables
-// of their own and another part of the input side.
+// half a row apart. If LANES, those with different outputs, are fewer than 32, the others have the same outputs and
+// another part of the input side. Two such lanes take their two columns in opposite order, so that one table serves
+// both; from four on there are copies.
 //
 // Values and x are float16 in there, scaled by powers of two: a palette to entries below 1 (those below 2**-25 of the
 // largest count as zero), x to less than 2048 by its largest value in a warp's part. At most eight products are added
@@ -17,8 +18,8 @@
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, BFLOAT (16-bit type of x);
 // ENTRIES, OUT_BLOCKS of the palettes; VECTORS, SCALES (types, 0 for none); SCALE_OUT (blocks of scales); LANES,
-// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, BLOCKS (at once on a processor), TAKES (parts of the
-// outputs that a block takes in turn). All else is as for one palette an output.
+// COLUMNS (2 or 4), K_WARPS, SPAN (units of a step), RING, SPLIT, TAKES (parts of the outputs that a block takes in
+// turn). All else is as for one palette an output, BLOCKS is 1.
 
 #include "codes.cuh"
 
@@ -28,6 +29,7 @@ constexpr int TWO_BYTES = PAIRS * STRIDE, TABLE_BYTES = TWO_BYTES * (COLUMNS / 2
 __device__ constexpr int column_at(int column) { return column / 2 * TWO_BYTES + column % 2 * 128; }
 constexpr int STEPS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN), TURNS = STEPS * SPAN;
 constexpr int UNROLLED = SPLIT ? 1 : STEPS, OCTETS = UNIT_CODES / 8;
+constexpr bool ALL_STARTED = TAKES == 1 && RING >= STEPS;  // all codes are on their way before the first is used
 constexpr int ROW_BYTES = THREADS * COLUMNS * 4, STEP_ROWS = SPAN * UNIT_WORDS, STEP_BYTES = STEP_ROWS * ROW_BYTES;
 constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES, X_READS = (MY_CODES + 255) / 256;
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
@@ -40,18 +42,22 @@ struct __align__(2 * AT_ONCE) Values {
   unsigned two[AT_ONCE / 2];
 };
 constexpr int COPIED = OUTPUTS % 4 == 0 ? 4 : 1;  // words that are copied at once
-constexpr int COLUMN_WARPS = K_WARPS / COLUMNS;   // that write the table of a column
-static_assert(OUT_WARPS == 1 && K_WARPS % COLUMNS == 0, "all warps of a block share its outputs and tables");
-static_assert(COLUMNS % 2 == 0, "two columns to a row of a table");
+// Half of the lanes take their columns the other way round. That pays where tables are large.
+constexpr bool CROSSED = SHARES > 1 && BITS > 2;
+constexpr int PARTS = CROSSED ? 1 : COLUMNS;  // of a table, written by warps of their own
+constexpr int PART_WARPS = K_WARPS / PARTS, PART_OUTS = OUTS / PARTS;
+static_assert(OUT_WARPS == 1 && K_WARPS % PARTS == 0, "all warps of a block share its outputs and tables");
+static_assert(COLUMNS % 2 == 0 && (!CROSSED || COLUMNS == 2), "two columns to a row of a table");
 static_assert(RING > 0, "codes come by the ring");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = lane / LANES;
+  const int crossed = CROSSED ? (share ^ share / 2) % 2 : 0;
   unsigned char* ring = memory + TABLE_BYTES;
   unsigned short* shared_x = reinterpret_cast<unsigned short*>(ring + RING * STEP_BYTES);
   float* sums = reinterpret_cast<float*>(shared_x + ROWS * X_ROW);
@@ -79,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int far = 1; far < LEVELS; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
         const float2 power = power_for(most, 0);
-        const int row = out % COLUMNS * LANES + out / COLUMNS;
+        const int row = out % PARTS * PART_OUTS + out / PARTS;
         staged[(code / AT_ONCE * OUTS + row) * AT_ONCE + code % AT_ONCE] =
             (unsigned short)two_halves<false>(value * power.x, 0);
         if (code == 0) powers[out] = power.y;
@@ -87,16 +93,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
   auto write_tables = [&] {
-    const int column = warp % COLUMNS;
-    const unsigned short* mine = staged + (column * LANES + lane % LANES) * AT_ONCE;
+    const int part = warp % PARTS;
+    const unsigned short* mine = staged + (part * PART_OUTS + lane % PART_OUTS) * AT_ONCE;
     Values first[LEVELS / AT_ONCE];
 #pragma unroll
     for (int i = 0; i < LEVELS / AT_ONCE; ++i) first[i] = reinterpret_cast<const Values*>(mine)[i * OUTS];
-    unsigned char* table = memory + column_at(column) + lane * 4;
+    unsigned char* table = memory + column_at(part) + lane * 4;
 #pragma unroll
-    for (int i = 0; i < (LEVELS + COLUMN_WARPS - 1) / COLUMN_WARPS; ++i) {
-      const int code = warp / COLUMNS + i * COLUMN_WARPS;
-      if (LEVELS % COLUMN_WARPS == 0 || code < LEVELS) {
+    for (int i = 0; i < (LEVELS + PART_WARPS - 1) / PART_WARPS; ++i) {
+      const int code = warp / PARTS + i * PART_WARPS;
+      if (LEVELS % PART_WARPS == 0 || code < LEVELS) {
         const unsigned second = mine[code / AT_ONCE * OUTS * AT_ONCE + code % AT_ONCE];
 #pragma unroll
         for (int other = 0; other < LEVELS; ++other)
@@ -140,10 +146,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int i = 0; i < UNIT_WORDS; ++i) {
         const unsigned char* from =
             my_ring + place * STEP_BYTES + (s * UNIT_WORDS + i) * ROW_BYTES + lane * COLUMNS * 4;
+        if constexpr (CROSSED) {
+          codes[s][i][0] = *reinterpret_cast<const unsigned*>(from + crossed * 4);
+          codes[s][i][1] = *reinterpret_cast<const unsigned*>(from + 4 - crossed * 4);
+        } else {
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j += 2) {
-          const uint2 two = *reinterpret_cast<const uint2*>(from + j * 4);
-          codes[s][i][j] = two.x, codes[s][i][j + 1] = two.y;
+          for (int j = 0; j < COLUMNS; j += 2) {
+            const uint2 two = *reinterpret_cast<const uint2*>(from + j * 4);
+            codes[s][i][j] = two.x, codes[s][i][j + 1] = two.y;
+          }
         }
       }
     __syncwarp();
@@ -190,6 +201,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   stage_palettes(powers);
   __syncthreads();
 
+  // Where this lane reads a row of the table, in bytes.
+  unsigned place_of[COLUMNS];
+#pragma unroll
+  for (int column = 0; column < COLUMNS; ++column)
+    place_of[column] = CROSSED ? (share / 2 * OUTS + lane % LANES * 2 + (column ^ crossed)) * 4 : lane * 4;
   float totals[ROWS][COLUMNS][2];
   unsigned chains[ROWS][COLUMNS];
   auto use = [&](int turn, int first_octet, const unsigned (&from)[UNIT_WORDS][COLUMNS]) {
@@ -207,10 +223,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int two = 0; two < 4; ++two) {
           const int at = (octet * 8 + 2 * two) * BITS;
           unsigned offset;
-          if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, lane * 4 the first
-            offset = permuted(from[at / 32][column], lane * 4, 0x7704 | at % 32 / 8 << 4);
-          else offset = field_or<2 * BITS>(from, column, at, SHIFT, lane * 4);
-          const unsigned values = *reinterpret_cast<const unsigned*>(memory + column_at(column) + offset);
+          if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, the place the first
+            offset = permuted(from[at / 32][column], place_of[column], 0x7704 | at % 32 / 8 << 4);
+          else offset = field_or<2 * BITS>(from, column, at, SHIFT, place_of[column]);
+          const unsigned values =
+              *reinterpret_cast<const unsigned*>(memory + (CROSSED ? 0 : column_at(column)) + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {
             if (two == 0 && (first_octet + octet) % CHAIN == 0)
@@ -243,21 +260,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll UNROLLED
     for (int step = 0; step < STEPS; ++step) {
       take(place);
-      start(place);
+      if constexpr (ALL_STARTED) end_group();
+      else start(place);
 #pragma unroll
       for (int s = 0; s < SPAN; ++s) use(step * SPAN + s, s * OCTETS, codes[s]);
       place = place + 1 < RING ? place + 1 : 0;
     }
 #pragma unroll
-    for (int n = 0; n < ROWS; ++n)
+    for (int n = 0; n < ROWS; ++n) {
+#pragma unroll
+      for (int column = 0; column < COLUMNS; ++column) totals[n][column][0] += totals[n][column][1];
+      // Lanes that are a power of two of shares apart have their columns the other way round.
+#pragma unroll
+      for (int far = LANES; far < 32; far *= 2) {
+        const float first = __shfl_xor_sync(~0u, totals[n][CROSSED ? 1 : 0][0], far);
+        const float second = __shfl_xor_sync(~0u, totals[n][CROSSED ? 0 : 1][0], far);
+        totals[n][0][0] += first, totals[n][1][0] += second;
+      }
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) {
         const int out = lane % LANES * COLUMNS + column;
-        float sum = totals[n][column][0] + totals[n][column][1];
-#pragma unroll
-        for (int far = LANES; far < 32; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);
-        if (share == 0) sums[(warp * ROWS + n) * OUTS + out] = sum * (x_power[n] * powers[i % 2 * OUTS + out]);
+        if (share == 0)
+          sums[(warp * ROWS + n) * OUTS + out] = totals[n][column][0] * (x_power[n] * powers[i % 2 * OUTS + out]);
       }
+    }
     if (more) stage_palettes(powers + (i + 1) % 2 * OUTS);
     __syncthreads();
     write_products(y, sums, block * OUTS);
