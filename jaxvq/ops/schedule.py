@@ -18,7 +18,6 @@ ROWS_MOST = 64
 STARTING = 2000  # cycles until a table of inner products can be read, more than until vectors can
 MEETING, MEETING_OF_VECTORS = 3.5, 2.6  # lanes that read from one bank at most, where they read from random places
 TAKING = 16  # outputs that a block could do in the time in which it begins with new ones
-WRITERS = 2 * PROCESSORS  # blocks that write a weight out
 HELD = 128  # inputs that a thread keeps in registers
 TABLE_NBYTES = 65536  # a table of copies leaves room for a second block of threads
 
@@ -226,15 +225,18 @@ def _by_whole_processors(problem: Problem, span: int) -> Tiles:
 
 def for_writing(problem: Problem) -> Tiles:
     """Tiles for `kernels/matmul.cu` where it writes the weight out: a warp writes outputs that lie side by side."""
-    span = 1 if problem.unit[0] * problem.stages > 1 else 4
+    words, blocks = problem.unit[0] * problem.stages, 2
+    span = 1 if words > 1 else 4
+    if problem.parts[0] is None and problem.outputs % 4 == 0:  # which takes few registers
+        span, blocks = max(1, min(4, 8 // words)), 4
     if problem.groups > 1:
         span = math.gcd(span, problem.w.codes.length // problem.groups // problem.unit[1])
-    tiles = Tiles("matmul", 4, 8, 1, span, 2, 32, _copies(problem))
-    # Warps share out whole groups, or else what is on its way.
+    tiles = Tiles("matmul", 4, 8, 1, span, blocks, 32, _copies(problem))
+    tiles = _with_room(tiles, matmul_nbytes(problem, tiles))
+    # Warps share out whole groups, or else what is on its way. No more blocks than run at once, if that does.
     turns = problem.groups if problem.groups > 1 else math.ceil(problem.units / span)
-    k_blocks = math.ceil(WRITERS / tiles.parts(problem.outputs))
-    k_blocks = max(1, min(k_blocks, turns // tiles.k_warps))
-    return _with_room(dataclasses.replace(tiles, k_blocks=k_blocks), matmul_nbytes(problem, tiles))
+    k_blocks = min(PROCESSORS * tiles.blocks // tiles.parts(problem.outputs), turns // tiles.k_warps)
+    return dataclasses.replace(tiles, k_blocks=max(1, k_blocks))
 
 
 def _copies(problem: Problem) -> int:

@@ -325,6 +325,16 @@ def test_lanes_have_the_same_outputs_where_that_gives_work_to_more_processors(ou
     look_at("4-bit palettes", (2048, outputs), look)
 
 
+@pytest.mark.parametrize("name", ["4-bit palettes", "4 bits", "2 x 8 bits, d=8"])
+def test_no_block_waits_for_another_to_write_a_weight_out(name, fake_compiler, launches):
+    def look(w):
+        launch = launched(launches, 0, w)
+        assert launch.blocks <= schedule.PROCESSORS * launch.constants["BLOCKS"], w.shape
+
+    for shape in [*LARGE, (4096, 4096), (4096, 128256)]:
+        look_at(name, shape, look)
+
+
 def test_chips_without_clusters_have_none(fake_compiler, launches, monkeypatch):
     monkeypatch.setattr(cuda, "has_clusters", lambda: False)
 
