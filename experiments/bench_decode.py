@@ -37,6 +37,7 @@ from rich.table import Column, Table
 
 import jaxvq
 from experiments.decoder import DTYPE, Model, Params, decode, empty_cache, forward, init_layer, init_table
+from experiments.settled import settle
 from jaxvq.array import is_quantized
 from jaxvq.methods import AbstractMethod
 
@@ -179,6 +180,7 @@ def measure(name: str, config: Config, console: Console) -> Row:
     }
     seconds: dict[int, list[float]] = {count: [] for count in programs}
     logits = start[0]
+    settle()
     for run in track(range(config.repeats + 1), f"decoding, {name}", console=console, transient=True):
         for count, program in programs.items():
             began = time.perf_counter()

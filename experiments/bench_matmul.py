@@ -8,10 +8,11 @@ is that of rounding to bf16.
 
 A turn multiplies the same x with twelve different weights, more of them if they are small, so that none is still in
 the cache when its turn comes. Many turns with changing x are one program, which runs a few turns of them at a time as
-one CUDA graph. The contenders' programs run by turns; the median time of a program over its products is the time. That
-of the loop itself, without products, is shown beside it and not subtracted. What PyTorch runs is recorded as CUDA
-graphs and timed by events. A package that is missing is named and left out. With PyTorch set
-XLA_PYTHON_CLIENT_PREALLOCATE=false, so that it has room beside JAX.
+one CUDA graph. The contenders' programs run by turns, each time in another order: after a light program a GPU at its
+power limit is faster for a while. The median time of a program over its products is the time. That of the loop itself,
+without products, is shown beside it and not subtracted. What PyTorch runs is recorded as CUDA graphs and timed by
+events. A package that is missing is named and left out. With PyTorch set XLA_PYTHON_CLIENT_PREALLOCATE=false, so that
+it has room beside JAX.
 """
 
 import argparse
@@ -48,6 +49,7 @@ from experiments.matmul_contenders import (
     take_turn,
     why_not,
 )
+from experiments.settled import settle
 
 KERNEL = "__gpu$xla.gpu.ptx"
 OURS, THEIRS = ("tab:blue", "#9ecae1"), ("0.65", "0.85")
@@ -201,9 +203,11 @@ def race(case: Case, weights: dict[str, list[Any]], config: Config, console: Con
         run.guarded(prepare, xs, config)
     loop = Run({"contender": "loop"}, case.turns, [])
     loop.program = compiled(lambda x, w: x, loop, xs)
+    settle()
+    orders = np.random.default_rng(config.seed)
     for _ in track(range(config.repeats + 1), f"{text}: timing", console=console, transient=True):
-        for run in (*runs, loop):
-            run.guarded(take_turn, xs)
+        for index in orders.permutation(len(runs) + 1):
+            (*runs, loop)[index].guarded(take_turn, xs)
     for run in (*runs, loop):
         run.program = None  # it holds memory of the device
         if "failed" not in run.row:
