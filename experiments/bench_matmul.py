@@ -8,11 +8,11 @@ is that of rounding to bf16.
 
 A turn multiplies the same x with twelve different weights, more of them if they are small, so that none is still in
 the cache when its turn comes. Many turns with changing x are one program, which runs a few turns of them at a time as
-one CUDA graph. The contenders' programs run by turns, each time in another order: after a light program a GPU at its
-power limit is faster for a while. The median time of a program over its products is the time. That of the loop itself,
-without products, is shown beside it and not subtracted. What PyTorch runs is recorded as CUDA graphs and timed by
-events. A package that is missing is named and left out. With PyTorch set XLA_PYTHON_CLIENT_PREALLOCATE=false, so that
-it has room beside JAX.
+one CUDA graph. The contenders' programs run by turns, each time in another order, so that none always follows a light
+one when the GPU is at its power limit. The median time of a program over its products is the time. That of the loop
+itself, without products, is shown beside it and not subtracted. What PyTorch runs is recorded as CUDA graphs and timed
+by events. A package that is missing is named and left out. With PyTorch set XLA_PYTHON_CLIENT_PREALLOCATE=false, so
+that it has room beside JAX.
 """
 
 import argparse

@@ -142,7 +142,7 @@ def _by_integers(problem: Problem) -> Tiles:
 
 
 def _with_room(tiles: Tiles, nbytes: int) -> Tiles:
-    """One block at once where two do not fit."""
+    """One block at once where so many do not fit."""
     return tiles if tiles.blocks * (nbytes + 1024) <= cuda.shared_nbytes() else dataclasses.replace(tiles, blocks=1)
 
 
@@ -225,15 +225,16 @@ def _by_whole_processors(problem: Problem, span: int) -> Tiles:
 
 def for_writing(problem: Problem) -> Tiles:
     """Tiles for `kernels/matmul.cu` where it writes the weight out: a warp writes outputs that lie side by side."""
-    words, blocks = problem.unit[0] * problem.stages, 2
-    span = 1 if words > 1 else 4
+    words = problem.unit[0] * problem.stages
     if problem.parts[0] is None and problem.outputs % 4 == 0:  # which takes few registers
         span, blocks = max(1, min(4, 8 // words)), 4
+    else:
+        span, blocks = 1 if words > 1 else 4, 2
     if problem.groups > 1:
         span = math.gcd(span, problem.w.codes.length // problem.groups // problem.unit[1])
     tiles = Tiles("matmul", 4, 8, 1, span, blocks, 32, _copies(problem))
     tiles = _with_room(tiles, matmul_nbytes(problem, tiles))
-    # Warps share out whole groups, or else what is on its way. No more blocks than run at once, if that does.
+    # Warps share out whole groups, or else what is on its way. There are no more blocks than run at once.
     turns = problem.groups if problem.groups > 1 else math.ceil(problem.units / span)
     k_blocks = min(PROCESSORS * tiles.blocks // tiles.parts(problem.outputs), turns // tiles.k_warps)
     return dataclasses.replace(tiles, k_blocks=max(1, k_blocks))

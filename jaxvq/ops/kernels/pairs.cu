@@ -26,7 +26,9 @@
 constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS;
 constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);                                // bytes from a pair to the next
 constexpr int TWO_BYTES = PAIRS * STRIDE, TABLE_BYTES = TWO_BYTES * (COLUMNS / 2);  // of two columns, of all
-__device__ constexpr int column_at(int column) { return column / 2 * TWO_BYTES + column % 2 * 128; }
+// Half of the lanes take their columns the other way round. That pays where tables are large.
+constexpr bool CROSSED = SHARES > 1 && BITS > 2;
+__device__ constexpr int column_at(int column) { return CROSSED ? 0 : column / 2 * TWO_BYTES + column % 2 * 128; }
 constexpr int STEPS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN), TURNS = STEPS * SPAN;
 constexpr int UNROLLED = SPLIT ? 1 : STEPS, OCTETS = UNIT_CODES / 8;
 constexpr bool ALL_STARTED = TAKES == 1 && RING >= STEPS;  // all codes are on their way before the first is used
@@ -42,12 +44,10 @@ struct __align__(2 * AT_ONCE) Values {
   unsigned two[AT_ONCE / 2];
 };
 constexpr int COPIED = OUTPUTS % 4 == 0 ? 4 : 1;  // words that are copied at once
-// Half of the lanes take their columns the other way round. That pays where tables are large.
-constexpr bool CROSSED = SHARES > 1 && BITS > 2;
-constexpr int PARTS = CROSSED ? 1 : COLUMNS;  // of a table, written by warps of their own
+constexpr int PARTS = CROSSED ? 1 : COLUMNS;      // of a table, written by warps of their own
 constexpr int PART_WARPS = K_WARPS / PARTS, PART_OUTS = OUTS / PARTS;
 static_assert(OUT_WARPS == 1 && K_WARPS % PARTS == 0, "all warps of a block share its outputs and tables");
-static_assert(COLUMNS % 2 == 0 && (!CROSSED || COLUMNS == 2), "two columns to a row of a table");
+static_assert(COLUMNS % 2 == 0 && (SHARES == 1 || COLUMNS == 2), "two columns to a row of a table");
 static_assert(RING > 0, "codes come by the ring");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
 
@@ -226,8 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           if constexpr (BITS == 4)  // two codes are a byte: it becomes the second of the offset, the place the first
             offset = permuted(from[at / 32][column], place_of[column], 0x7704 | at % 32 / 8 << 4);
           else offset = field_or<2 * BITS>(from, column, at, SHIFT, place_of[column]);
-          const unsigned values =
-              *reinterpret_cast<const unsigned*>(memory + (CROSSED ? 0 : column_at(column)) + offset);
+          const unsigned values = *reinterpret_cast<const unsigned*>(memory + column_at(column) + offset);
 #pragma unroll
           for (int n = 0; n < ROWS; ++n) {
             if (two == 0 && (first_octet + octet) % CHAIN == 0)
@@ -260,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll UNROLLED
     for (int step = 0; step < STEPS; ++step) {
       take(place);
-      if constexpr (ALL_STARTED) end_group();
+      if constexpr (ALL_STARTED) end_group();  // with nothing in it, since groups are counted
       else start(place);
 #pragma unroll
       for (int s = 0; s < SPAN; ++s) use(step * SPAN + s, s * OCTETS, codes[s]);
