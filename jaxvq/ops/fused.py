@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxvq.array import QuantizedArray
@@ -74,15 +75,15 @@ def product(x: Float[Array, "n a"], w: QuantizedArray) -> Float[Array, "n b"]:
     problem = Problem(x.shape[0], x.shape[1], x.dtype, w)
     tiles = choose(problem)
     if tiles is None:
-        return x @ expand(w, x.dtype)
+        return lax.dot_general(x, expand(w, x.dtype), (((1,), (1,)), ((), ())))
     return _launch(problem, tiles, x, jax.ShapeDtypeStruct((problem.rows, problem.outputs), x.dtype))
 
 
-def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "a b"]:
-    """The weight as the layout's matrix, rounded to `dtype`."""
+def expand(w: QuantizedArray, dtype: Any) -> Float[Array, "b a"]:
+    """The weight as the layout's matrix, transposed and rounded to `dtype`."""
     inputs = w.layout.matrix_shape[0]
     problem = Problem(1, inputs, jnp.dtype(dtype), w, expand=True)
-    result = jax.ShapeDtypeStruct((inputs, problem.outputs), dtype)
+    result = jax.ShapeDtypeStruct((problem.outputs, inputs), dtype)
     return _launch(problem, for_writing(problem), jnp.zeros((), dtype), result)
 
 

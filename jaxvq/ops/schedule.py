@@ -224,18 +224,18 @@ def _by_whole_processors(problem: Problem, span: int) -> Tiles:
 
 
 def for_writing(problem: Problem) -> Tiles:
-    """Tiles for `kernels/matmul.cu` where it writes the weight out: a warp writes outputs that lie side by side."""
+    """Tiles for `kernels/matmul.cu` where it writes the weight out."""
     words = problem.unit[0] * problem.stages
     if problem.parts[0] is None and problem.outputs % 4 == 0:  # which takes few registers
         span, blocks = max(1, min(4, 8 // words)), 4
     else:
         span, blocks = 1 if words > 1 else 4, 2
     if problem.groups > 1:
-        span = math.gcd(span, problem.w.codes.length // problem.groups // problem.unit[1])
-    tiles = Tiles("matmul", 4, 8, 1, span, blocks, 32, _copies(problem))
+        span = math.gcd(span, problem.group_turns)
+    tiles = Tiles("matmul", 4, 8, 1, span, blocks, copies=_copies(problem))
     tiles = _with_room(tiles, matmul_nbytes(problem, tiles))
     # Warps share out whole groups, or else what is on its way. There are no more blocks than run at once.
-    turns = problem.groups if problem.groups > 1 else math.ceil(problem.units / span)
+    turns = problem.groups if problem.groups > 1 else math.ceil(problem.turns / span)
     k_blocks = min(PROCESSORS * tiles.blocks // tiles.parts(problem.outputs), turns // tiles.k_warps)
     return dataclasses.replace(tiles, k_blocks=max(1, k_blocks))
 
@@ -298,12 +298,13 @@ def takes(problem: Problem, tiles: Tiles) -> int:
 
 
 def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:
-    """Shared memory of a block of `kernels/matmul.cu`: its table or palettes, few rows of x, the sums."""
+    """Shared memory of a block of `kernels/matmul.cu`: its table or palettes; few rows of x and sums, or what waits."""
     tables = _table_nbytes(problem) * tiles.copies
     if problem.dim == 1 and problem.parts[0] is not None:
         tables = (tiles.k_warps if problem.groups > 1 else 1) * tiles.outs * 32
     if problem.expand:
-        return tables
+        piece = min(problem.unit[1] * problem.dim // 8, 8)
+        return tables + (512 * piece * tiles.k_warps if piece > 1 else 0)
     turns = math.ceil(problem.turns / tiles.span) * tiles.span
     x = problem.rows * turns * 8 * problem.unit[1] * problem.dim if tiles.split else 0
     return tables + x + 4 * tiles.k_warps * problem.rows * (tiles.outs + 4)

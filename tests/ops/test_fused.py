@@ -194,7 +194,7 @@ def test_every_format_is_served_by_one_kernel(name, shape, fake_compiler, launch
         for rows in (0, *ROWS):
             launch = launched(launches, rows, w)
             written = launch.constants["EXPAND"]
-            assert launch.result.shape == (shape if written else (rows, shape[1]))
+            assert launch.result.shape == (shape[::-1] if written else (rows, shape[1]))
             assert launch.constants["ROWS"] == (1 if written else rows)
             assert launch.name == "matmul" or not written
             assert launch.threads in range(32, 1025, 32)
@@ -374,7 +374,7 @@ SHARED = {
     "pairs": "TABLE_BYTES + RING * STEP_BYTES + 2 * ROWS * X_ROW + 4 * (K_WARPS * ROWS + 2) * OUTS + 2 * STAGED",
     "levels": "8 * (GROUPED ? K_WARPS : 2) * OUTS + K_WARPS * ROWS * (8 * OUTS + 3 * X_STRIDE)",
     "products": "TABLE_BYTES + SPAN * PART_BYTES * WARPS + 16 * PHASES * SLOTS + 4 * TAKES * BLOCK_OUTS + 8 * WARPS",
-    "matmul": "TABLE_BYTES + X_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * SUMS_ROW)",
+    "matmul": "TABLE_BYTES + X_BYTES + WAITING_BYTES + (EXPAND ? 0 : 4 * K_WARPS * ROWS * SUMS_ROW)",
 }
 
 

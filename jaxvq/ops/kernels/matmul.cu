@@ -1,4 +1,4 @@
-// x @ w with the codes of w read straight from memory, by the matrix units; or, with EXPAND, w itself.
+// x @ w with the codes of w read straight from memory, by the matrix units; or, with EXPAND, w itself, transposed.
 //
 // A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS neighbouring outputs. The four quads
 // take turns along the input side, each reading whole units. The eight values decoded at a time become four registers,
@@ -16,17 +16,19 @@
 // products with ones are the sums of x, and the scale and zero point of an output follow at the end.
 //
 // The K_WARPS of a block share the input side and add up at the end, in a fixed order. With EXPAND nothing is added up:
-// K_BLOCKS share the input side, and each of the 32 lanes has outputs of its own, so that a warp writes long rows.
+// K_BLOCKS share the input side. The weight is written output by output, for eight values of one output are decoded
+// together and become one store, and XLA multiplies such a weight faster. Where a unit is longer, what the lanes have
+// decoded waits in shared memory, so that each store of a warp fills whole lines.
 //
 // Compiled with: ROWS of x, INPUTS, OUTPUTS, LENGTH (codes along the input side), BITS, STAGES, DIM, BFLOAT (16-bit
 // type of x); AFFINE; ENTRIES, G_BLOCKS, OUT_BLOCKS of the codebook or zero points; VECTORS, SCALES, ZEROS (types, 0
 // for none); SCALE_G, SCALE_OUT, SCALE_STAGES (blocks of scales); COPIES, COLUMNS, K_WARPS, OUT_WARPS, SPAN (turns on
 // their way), BLOCKS (at once on a processor), SPLIT, HALVED (the last of the OUT_WARPS has half as many outputs),
-// EXPAND; K_BLOCKS and LANES, which are 1 and 8 without it.
+// EXPAND; K_BLOCKS, which is 1 without it. LANES are 8.
 
 #include "codes.cuh"
 
-static_assert(EXPAND || (LANES == 8 && K_BLOCKS == 1), "a product of tiles has 8 rows, and a block adds up");
+static_assert(LANES == 8 && (EXPAND || K_BLOCKS == 1), "a product of tiles has 8 rows, and a block adds up");
 static_assert(COLUMNS % 2 == 0 && (!HALVED || (COLUMNS == 4 && !EXPAND)), "sums are written two at a time");
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
 constexpr bool CENTERED = AFFINE && !GROUPED && !EXPAND;
@@ -42,6 +44,8 @@ constexpr int CELL = DIM * 2,
               STRIDE = power_of_two(STAGES) * COPIES * CELL;  // bytes from an entry of the table to the next
 constexpr int TABLE_BYTES = TABLE ? (1 << BITS) * STRIDE : PALETTE ? (GROUPED ? K_WARPS : 1) * BLOCK_OUTS * 32 : 0;
 constexpr int X_BYTES = SPLIT && !EXPAND ? ROWS * TURNS * SHARES * UNIT_VALUES * 2 : 0;
+constexpr int PIECE = !EXPAND ? 1 : UNIT_VALUES < 64 ? UNIT_VALUES / 8 : 8;  // eights of a unit written out together
+constexpr int WAITING_BYTES = PIECE > 1 ? K_WARPS * 512 * PIECE : 0;
 
 __device__ __forceinline__ void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                          unsigned b1) {
@@ -281,85 +285,113 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
 
-  auto write = [&](int unit, int chunk, unsigned (&a)[COLUMNS][4]) {
-    const int out = first_out + row * COLUMNS, input = unit * UNIT_VALUES + chunk * 8;
+  // The sum over all stages.
+  auto decode_all = [&](int s, int chunk, int column, int group, unsigned (&values)[4]) {
+    if constexpr (STAGES == 1) {
+      decode(s, chunk, column, 0, group, values);
+    } else {
+      float sums[8] = {};
+      for (int stage = 0; stage < STAGES; ++stage) {
+        unsigned part[4];
+        decode(s, chunk, column, stage, group, part);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      unsigned short* to = y + (long long)(input + i) * OUTPUTS + out;
-      if ((!EXACT && input + i >= INPUTS) || (OUTPUTS % BLOCK_OUTS != 0 && out >= OUTPUTS)) continue;
-      if constexpr (OUTPUTS % COLUMNS == 0 && COLUMNS == 4) {
-        const int pick = i % 2 ? 0x7632 : 0x5410;
-        *reinterpret_cast<uint2*>(to) =
-            make_uint2(__byte_perm(a[0][i / 2], a[1][i / 2], pick), __byte_perm(a[2][i / 2], a[3][i / 2], pick));
-      } else {
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
-          if (out + c < OUTPUTS) to[c] = (unsigned short)(a[c][i / 2] >> i % 2 * 16);
+        for (int i = 0; i < 8; ++i) sums[i] += x_value((unsigned short)(part[i / 2] >> i % 2 * 16));
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = two_halves<BFLOAT>(sums[2 * i], sums[2 * i + 1]);
     }
+  };
+
+  auto write = [&](int out, int input, uint4 eight) {
+    if ((!EXACT && input >= INPUTS) || (OUTPUTS % BLOCK_OUTS != 0 && out >= OUTPUTS)) return;
+    unsigned short* to = y + (long long)out * INPUTS + input;
+    if constexpr (INPUTS % 8 == 0) {
+      *reinterpret_cast<uint4*>(to) = eight;
+    } else {
+      const unsigned* two = reinterpret_cast<const unsigned*>(&eight);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (input + i < INPUTS) to[i] = (unsigned short)(two[i / 2] >> i % 2 * 16);
+    }
+  };
+  // Where an eight of a row and a quad waits among the PIECE of them, so that lanes read and write other banks.
+  auto place_of = [&](int row, int quad, int i) {
+    const int moved = PIECE == 8 ? quad | row % 2 << 2 : (quad ^ row) % PIECE;
+    return (row * SHARES + quad) * PIECE + (i ^ moved);
+  };
+  // Decodes a turn and writes it out, for each column a piece of all rows and quads after the other.
+  auto write_turn = [&](int s, int turn, int group) {
+    uint4* staged = reinterpret_cast<uint4*>(memory + TABLE_BYTES) + warp * 32 * PIECE;
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column)
+#pragma unroll
+      for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
+        unsigned a[4];
+        decode_all(s, chunk, column, group, a);
+        const uint4 eight = make_uint4(a[0], a[1], a[2], a[3]);
+        if constexpr (PIECE == 1) {
+          write(first_out + row * COLUMNS + column, (turn * SHARES + quad) * 8, eight);
+        } else {
+          staged[place_of(row, quad, chunk % PIECE)] = eight;
+          if (chunk % PIECE != PIECE - 1) continue;
+          __syncwarp();
+#pragma unroll
+          for (int i = 0; i < PIECE; ++i) {
+            const int item = i * 32 + lane, of_row = item / (SHARES * PIECE);
+            const int of_quad = item / PIECE % SHARES, eighth = item % PIECE;
+            write(first_out + of_row * COLUMNS + column,
+                  (turn * SHARES + of_quad) * UNIT_VALUES + (chunk - PIECE + 1 + eighth) * 8,
+                  staged[place_of(of_row, of_quad, eighth)]);
+          }
+          __syncwarp();
+        }
+      }
   };
 
   auto use = [&](auto mine, int s, int turn) {
     constexpr int TOGETHER = SPLIT ? 1 : 2;  // columns of a tile
     constexpr int TILES = decltype(mine)::COUNT / TOGETHER;
     const int unit = turn * SHARES + quad, group = GROUPED ? min(unit * UNIT_CODES / GROUP_CODES, FINEST - 1) : 0;
+    if constexpr (EXPAND) {
+      write_turn(s, turn, group);
+      return;
+    }
 #pragma unroll
     for (int chunk = 0; chunk < UNIT_VALUES / 8; ++chunk) {
-      if constexpr (EXPAND) {
-        unsigned a[COLUMNS][4];
+      unsigned b[TILES_N][4];
 #pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-          if constexpr (STAGES == 1) {
-            decode(s, chunk, column, 0, group, a[column]);
-          } else {
-            float values[8] = {};
-            for (int stage = 0; stage < STAGES; ++stage) {
-              unsigned part[4];
-              decode(s, chunk, column, stage, group, part);
-#pragma unroll
-              for (int i = 0; i < 8; ++i) values[i] += x_value((unsigned short)(part[i / 2] >> i % 2 * 16));
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[column][i] = two_halves<BFLOAT>(values[2 * i], values[2 * i + 1]);
-          }
+      for (int tile = 0; tile < TILES_N; ++tile)
+        if constexpr (SPLIT) {
+          const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
+          b[0][0] = two.x, b[0][1] = two.y;
+        } else {
+          const uint4 all =
+              crossed(eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8));
+          b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
         }
-        write(unit, chunk, a);
-      } else {
-        unsigned b[TILES_N][4];
+      if constexpr (CENTERED) {
+        constexpr unsigned ONES = BFLOAT ? 0x3f803f80 : 0x3c003c00;
 #pragma unroll
         for (int tile = 0; tile < TILES_N; ++tile)
-          if constexpr (SPLIT) {
-            const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
-            b[0][0] = two.x, b[0][1] = two.y;
-          } else {
-            const uint4 all =
-                crossed(eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8));
-            b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
-          }
-        if constexpr (CENTERED) {
-          constexpr unsigned ONES = BFLOAT ? 0x3f803f80 : 0x3c003c00;
 #pragma unroll
-          for (int tile = 0; tile < TILES_N; ++tile)
+          for (int i = 0; i < (SPLIT ? 2 : 4); i += 2)
+            multiply(sums_of_x[tile], ONES, ONES, ONES, ONES, b[tile][i], b[tile][i + 1]);
+      }
 #pragma unroll
-            for (int i = 0; i < (SPLIT ? 2 : 4); i += 2)
-              multiply(sums_of_x[tile], ONES, ONES, ONES, ONES, b[tile][i], b[tile][i + 1]);
-        }
+      for (int stage = 0; stage < STAGES; ++stage) {
 #pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {
+        for (int t = 0; t < TILES; ++t) {
+          unsigned a[TOGETHER][4] = {};
 #pragma unroll
-          for (int t = 0; t < TILES; ++t) {
-            unsigned a[TOGETHER][4] = {};
+          for (int i = 0; i < TOGETHER; ++i) decode(s, chunk, TOGETHER * t + i, stage, group, a[i]);
+          if constexpr (SPLIT) multiply(sums[t][0], a[0][0], a[0][1], a[0][2], a[0][3], b[0][0], b[0][1]);
+          else
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) decode(s, chunk, TOGETHER * t + i, stage, group, a[i]);
-            if constexpr (SPLIT) multiply(sums[t][0], a[0][0], a[0][1], a[0][2], a[0][3], b[0][0], b[0][1]);
-            else
+            for (int i = 0; i < 4; i += 2)
 #pragma unroll
-              for (int i = 0; i < 4; i += 2)
-#pragma unroll
-                for (int tile = 0; tile < TILES_N; ++tile)
-                  multiply(sums[t][tile], a[0][i], a[TOGETHER - 1][i], a[0][i + 1], a[TOGETHER - 1][i + 1], b[tile][i],
-                           b[tile][i + 1]);
-          }
+              for (int tile = 0; tile < TILES_N; ++tile)
+                multiply(sums[t][tile], a[0][i], a[TOGETHER - 1][i], a[0][i + 1], a[TOGETHER - 1][i + 1], b[tile][i],
+                         b[tile][i + 1]);
         }
       }
     }
