@@ -27,7 +27,6 @@ Row = dict[str, Any]
 Product = Callable[[Any, Any], Any]
 DTYPE = jnp.bfloat16
 KEPT = 128  # output columns of each product that are added up
-UNROLLED = 4  # turns in the body of the loop, which is one CUDA graph: to start it takes as long as a product or two
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all", "partition-id"}
 
 
@@ -187,7 +186,7 @@ def many_turns(
 
     kept = min(KEPT, xs.shape[2])
     begin = jnp.zeros((xs.shape[1], kept), jnp.float32)
-    return lax.fori_loop(0, turns, turn, begin, unroll=min(UNROLLED, turns))
+    return lax.fori_loop(0, turns, turn, begin)
 
 
 def take_turn(run: Run, xs: Float[Array, "n rows in"]) -> None:
@@ -298,7 +297,7 @@ def aqlm(
     return layer, sum(part.nbytes for part in (layer.codebooks, layer.scales, layer.codes))
 
 
-# Not yet run with any of these packages. Where an interface is another one now, the row says what failed.
+# Run with torchao 0.18, bitsandbytes 0.50 and aqlm 1.1.7. Where an interface is another one, the row says what failed.
 PEERS = {
     "torch-bf16": Peer("PyTorch bf16", (), torch_linear),
     "torchao-int4": Peer("torchao int4", ("torchao.quantization",), torchao_int4),

@@ -224,20 +224,20 @@ def _by_whole_processors(problem: Problem, span: int) -> Tiles:
 
 
 def for_writing(problem: Problem) -> Tiles:
-    """Tiles for `kernels/matmul.cu` where it writes the weight out."""
-    words = problem.unit[0] * problem.stages
-    if problem.parts[0] is None and problem.outputs % 4 == 0:  # which takes few registers
-        span, blocks = max(1, min(4, 8 // words)), 4
-    else:
-        span, blocks = 1 if words > 1 else 4, 2
+    """Tiles for `kernels/matmul.cu` where it writes the weight out.
+
+    A warp decodes the 32 values an output or so that a lane reads at once, or a group, and ends. Memory is then written
+    from one end to the other, for blocks start in the order of what they write. Tables are shared by more warps.
+    """
+    span = max(1, 32 // (problem.unit[1] * problem.dim))
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
-    tiles = Tiles("matmul", 4, 8, 1, span, blocks, copies=_copies(problem))
-    tiles = _with_room(tiles, matmul_nbytes(problem, tiles))
-    # Warps share out whole groups, or else what is on its way. There are no more blocks than run at once.
-    turns = problem.groups if problem.groups > 1 else math.ceil(problem.turns / span)
-    k_blocks = min(PROCESSORS * tiles.blocks // tiles.parts(problem.outputs), turns // tiles.k_warps)
-    return dataclasses.replace(tiles, k_blocks=max(1, k_blocks))
+    k_warps, blocks = (4, 4) if problem.dim == 1 else (8, 2)
+    tiles = Tiles("matmul", 4, k_warps, 1, span, blocks, copies=_copies(problem))
+    in_groups = problem.groups > 1 and problem.parts[0] is not None
+    parts = problem.groups if in_groups else math.ceil(problem.turns / span)
+    tiles = dataclasses.replace(tiles, k_blocks=math.ceil(parts / k_warps))
+    return _with_room(tiles, matmul_nbytes(problem, tiles))
 
 
 def _copies(problem: Problem) -> int:
@@ -293,8 +293,9 @@ def products_nbytes(problem: Problem, tiles: Tiles) -> int:
 
 def takes(problem: Problem, tiles: Tiles) -> int:
     """Parts of the outputs that each block, or cluster of them, takes in turn."""
-    at_once = PROCESSORS if problem.expand else CLUSTERS[tiles.k_blocks]
-    return math.ceil(tiles.parts(problem.outputs) / (at_once * tiles.blocks))
+    if problem.expand:
+        return 1
+    return math.ceil(tiles.parts(problem.outputs) / (CLUSTERS[tiles.k_blocks] * tiles.blocks))
 
 
 def matmul_nbytes(problem: Problem, tiles: Tiles) -> int:

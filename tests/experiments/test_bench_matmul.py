@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import json
+import os
 import re
 import sys
 import types
@@ -103,8 +105,8 @@ def test_weights_differ_and_small_ones_are_more():
     assert len(made) == 5
     assert len({np.asarray(w, "f").tobytes() for w in made}) == 5
     config = Config()
-    assert config.in_turn(2 * 4096 * 14336) == 12
-    assert config.in_turn(4096 * 4096 // 4) == 24  # 12 would be 50 MB, which is what the cache holds
+    assert config.in_turn(2 * 4096 * 14336) == 48
+    assert config.in_turn(1024 * 1024) == 96  # 48 would be 50 MB, which is what the cache holds
 
 
 def test_a_loop_adds_up_every_product(key):
@@ -123,7 +125,7 @@ def test_a_loop_without_weights_adds_up_x():
 def test_nothing_about_the_weights_is_computed_outside_the_loop():
     weights = bench_matmul.make_weights("palette4-xla", (32, 128), TINY)
     xs = jnp.ones((2, 1, 32), jnp.bfloat16)
-    run = Run({}, 2 * matmul_contenders.UNROLLED, weights)
+    run = Run({}, 2, weights)
     text = matmul_contenders.compiled(CONTENDERS["palette4-xla"].product, run, xs).as_text()
     entry = text[text.index("\nENTRY") :]
     reading = [line for line in entry.splitlines()[2:] if re.search(r"\(.*%weights_", line)]
@@ -201,9 +203,14 @@ def test_writes_results_and_a_chart(tmp_path, monkeypatch, capsys):
     def fails(x, w):
         raise RuntimeError("no room on the device\nand more")
 
+    def find(names, say):
+        say("aqlm is nowhere")
+        return {name: [] for name in names}
+
     broken = Contender("broken", matmul_contenders.matrix, fails, CONTENDERS["bf16"].columns)
     monkeypatch.setitem(CONTENDERS, "palette2", broken)
-    monkeypatch.setattr(bench_matmul, "find_peers", lambda names, say: {name: [] for name in names})
+    monkeypatch.setattr(bench_matmul, "apart", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(bench_matmul, "find_peers", find)
     answers = [(1e-6, 4096, 2), OSError("nothing\nat all")]
 
     def seconds(peer, modules, shape, **settings):
@@ -232,9 +239,23 @@ def test_writes_results_and_a_chart(tmp_path, monkeypatch, capsys):
     assert ours["weights"] == 2
     assert [target["met"] for target in ours["targets"]] == [True, True]
     out = capsys.readouterr().out
+    assert "aqlm is nowhere" in out
     assert "broken: failed: no room on the device" in out
     assert "of at least 0.001: met" in out
     assert "2 of 2 targets met" in out
+
+
+def test_packages_for_pytorch_run_in_a_process_of_their_own(monkeypatch, capsys):
+    assert bench_matmul.apart(os.getpid) != os.getpid()
+    config = dataclasses.replace(TINY, peers=("aqlm-2x8",))
+    monkeypatch.setattr(bench_matmul, "apart", functools.partial(ends_early, bench_matmul.apart))
+    rows = bench_matmul.rows_of_peers(config, bench_matmul.Console())
+    assert rows == {case: [] for case in config.cases}
+    assert "the process of the packages for PyTorch has ended early; they are left out" in capsys.readouterr().out
+
+
+def ends_early(apart, work, config):
+    return apart(os._exit, 1)
 
 
 def test_missing_packages_are_named_once(monkeypatch):

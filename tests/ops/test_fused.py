@@ -325,13 +325,19 @@ def test_lanes_have_the_same_outputs_where_that_gives_work_to_more_processors(ou
     look_at("4-bit palettes", (2048, outputs), look)
 
 
-@pytest.mark.parametrize("name", ["4-bit palettes", "4 bits", "2 x 8 bits, d=8"])
-def test_no_block_waits_for_another_to_write_a_weight_out(name, fake_compiler, launches):
-    def look(w):
-        launch = launched(launches, 0, w)
-        assert launch.blocks <= schedule.PROCESSORS * launch.constants["BLOCKS"], w.shape
+@every_format
+def test_a_warp_writes_out_what_its_lanes_read_at_once(name, fake_compiler, launches):
+    """Or a group. More blocks than that would find nothing to do."""
 
-    for shape in [*LARGE, (4096, 4096), (4096, 128256)]:
+    def look(w):
+        given = launched(launches, 0, w).constants
+        problem = Problem(1, w.shape[0], jnp.dtype("bfloat16"), w)
+        in_groups = problem.groups > 1 and problem.parts[0] is not None
+        parts = problem.groups if in_groups else -(-problem.turns // given["SPAN"])
+        warps = given["K_BLOCKS"] * given["K_WARPS"]
+        assert (given["TAKES"], parts <= warps < parts + given["K_WARPS"]) == (1, True), w.shape
+
+    for shape in [*LARGE, (1000, 77), (4096, 4096)]:
         look_at(name, shape, look)
 
 

@@ -166,9 +166,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, quad = lane % SHARES, row = lane / SHARES;
   const int warp = threadIdx.x / 32, k_warp = warp % K_WARPS, out_warp = OUT_WARPS == 1 ? 0 : warp / K_WARPS;
-  // Blocks that run at the same time write neighbouring outputs of the same inputs.
-  const int blocks = gridDim.x / K_BLOCKS, first_block = blockIdx.x % blocks;
-  const int sharer = blockIdx.x / blocks * K_WARPS + k_warp;
+  // Blocks that run at the same time write neighbouring inputs of the same outputs.
+  const int blocks = gridDim.x / K_BLOCKS, first_block = blockIdx.x / K_BLOCKS;
+  const int sharer = blockIdx.x % K_BLOCKS * K_WARPS + k_warp;
   unsigned char* palettes = memory + (GROUPED ? warp : out_warp) * OUTS * 32;
   unsigned char* shared_x = memory + TABLE_BYTES;
   float* shared_sums = reinterpret_cast<float*>(shared_x + X_BYTES);
