@@ -35,12 +35,12 @@ def matmul(
 
     Differentiable in `x` and in the decoder of `w`: each codebook entry receives the sum of the gradients of the
     weights that it stands for. Where `supports` says so, an NVIDIA GPU multiplies by a kernel that reads the packed
-    codes and never writes the weight out. Its sums are float32; at one or two rows those of palettes are of sums of
-    eight products in float16, and at one row of a large weight those of vectors are of sums of eight inner products in
-    float16, for which vectors below 2**-30 of the largest count as zero. A program that is exported where there is no
-    GPU is for chips like an H100. A `jax.vmap` over `x` alone is one product with more rows, and where `w` is sharded
-    along its output features over Auto mesh axes each device multiplies with its own slice. Forward-mode and second
-    derivatives need `backend="xla"`.
+    codes and, up to 64 rows, never writes the weight out. Its sums are float32; at one or two rows those of palettes
+    are of sums of eight products in float16, and at one row of a large weight those of vectors are of sums of eight
+    inner products in float16, for which vectors below 2**-30 of the largest count as zero. A program that is exported
+    where there is no GPU is for chips like an H100. A `jax.vmap` over `x` alone is one product with more rows, and
+    where `w` is sharded along its output features over Auto mesh axes each device multiplies with its own slice.
+    Forward-mode and second derivatives need `backend="xla"`.
 
     Args:
       x: the activations.

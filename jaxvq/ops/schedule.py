@@ -9,7 +9,7 @@ import math
 from jaxvq.ops import cuda
 from jaxvq.ops.problem import Problem
 
-PROCESSORS = 132  # of an H100; more blocks of threads than run at once only take turns
+PROCESSORS = 132  # of an H100; in a product more blocks of threads than run at once only take turns
 # Clusters of so many blocks that an H200 runs at once; of large ones some processors stay idle.
 CLUSTERS = {1: PROCESSORS, 2: 66, 4: 30, 8: 15}
 ROWS_FEW = 2  # rows of x that the kernels of palettes and of levels serve
@@ -226,17 +226,18 @@ def _by_whole_processors(problem: Problem, span: int) -> Tiles:
 def for_writing(problem: Problem) -> Tiles:
     """Tiles for `kernels/matmul.cu` where it writes the weight out.
 
-    A warp decodes the 32 values an output or so that a lane reads at once, or a group, and ends. Memory is then written
-    from one end to the other, for blocks start in the order of what they write. Tables are shared by more warps.
+    A warp decodes about 32 values of each output, which a lane reads at once, and ends; with palettes of groups it
+    decodes a group. Blocks start in the order of what they write, so memory is written from one end to the other. With
+    vectors eight warps share a table, not four.
     """
     span = max(1, 32 // (problem.unit[1] * problem.dim))
     if problem.groups > 1:
         span = math.gcd(span, problem.group_turns)
     k_warps, blocks = (4, 4) if problem.dim == 1 else (8, 2)
-    tiles = Tiles("matmul", 4, k_warps, 1, span, blocks, copies=_copies(problem))
     in_groups = problem.groups > 1 and problem.parts[0] is not None
-    parts = problem.groups if in_groups else math.ceil(problem.turns / span)
-    tiles = dataclasses.replace(tiles, k_blocks=math.ceil(parts / k_warps))
+    shares = problem.groups if in_groups else math.ceil(problem.turns / span)
+    k_blocks = math.ceil(shares / k_warps)
+    tiles = Tiles("matmul", 4, k_warps, 1, span, blocks, copies=_copies(problem), k_blocks=k_blocks)
     return _with_room(tiles, matmul_nbytes(problem, tiles))
 
 

@@ -145,9 +145,10 @@ def test_what_is_not_finite_shows_in_tables_where_it_is_used(name, tables):
         np.testing.assert_array_equal(np.isfinite(np.asarray(by_table(x, spoilt), "f"))[0], ~used)
 
 
+@pytest.mark.parametrize("shape", [(1000, 77), (4099, 77)], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_weight_is_written_out_as_it_is_decoded(name):
-    w = weight(name, (1000, 77))
+def test_the_weight_is_written_out_as_it_is_decoded(name, shape):
+    w = weight(name, shape)
     poison()
     got = jax.jit(lambda w: fused.expand(w, jnp.float16))(w)
     assert relative_error(got.T, w.dequantize()) < 1e-3

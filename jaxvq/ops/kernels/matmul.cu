@@ -2,8 +2,8 @@
 //
 // A lane of a warp belongs to quad lane % 4 and row lane / 4. It holds COLUMNS neighbouring outputs. The four quads
 // take turns along the input side, each reading whole units. The eight values decoded at a time become four registers,
-// which are a lane's share of the first factor of a product of tiles (w, transposed); the second factor is x. A weight
-// goes from memory to a register to a product and never comes by shared memory.
+// which are a lane's share of the first factor of a product of tiles (w, transposed); the second factor is x. For a
+// product a weight goes from memory to a register and never comes by shared memory.
 //
 // How the four registers (pairs of values p0 to p3 of one output) make up a product depends on the rows of x. At most
 // four (SPLIT) wait in shared memory, and the registers are used as they come: p0 and p2 as row r of the tile, p1 and
@@ -29,6 +29,7 @@
 #include "codes.cuh"
 
 static_assert(LANES == 8 && (EXPAND || K_BLOCKS == 1), "a product of tiles has 8 rows, and a block adds up");
+static_assert(!EXPAND || OUT_WARPS == 1, "what waits has room for the warps that share the input side");
 static_assert(COLUMNS % 2 == 0 && (!HALVED || (COLUMNS == 4 && !EXPAND)), "sums are written two at a time");
 constexpr bool PALETTE = !AFFINE && DIM == 1, TABLE = DIM > 1 && COPIES > 0, WIDE = BITS == 4;
 constexpr bool CENTERED = AFFINE && !GROUPED && !EXPAND;
@@ -314,11 +315,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (input + i < INPUTS) to[i] = (unsigned short)(two[i / 2] >> i % 2 * 16);
     }
   };
-  // Where an eight of a row and a quad waits among the PIECE of them, so that lanes read and write other banks.
-  auto place_of = [&](int row, int quad, int i) {
-    const int moved = PIECE == 8 ? quad | row % 2 << 2 : (quad ^ row) % PIECE;
-    return (row * SHARES + quad) * PIECE + (i ^ moved);
-  };
+  // Where an eight waits, so that lanes write and read other banks.
+  auto place_of = [](int item) { return item ^ item / 8 % PIECE; };
   // Decodes a turn and writes it out, for each column a piece of all rows and quads after the other.
   auto write_turn = [&](int s, int turn, int group) {
     uint4* staged = reinterpret_cast<uint4*>(memory + TABLE_BYTES) + warp * 32 * PIECE;
@@ -332,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if constexpr (PIECE == 1) {
           write(first_out + row * COLUMNS + column, (turn * SHARES + quad) * 8, eight);
         } else {
-          staged[place_of(row, quad, chunk % PIECE)] = eight;
+          staged[place_of(lane * PIECE + chunk % PIECE)] = eight;
           if (chunk % PIECE != PIECE - 1) continue;
           __syncwarp();
 #pragma unroll
@@ -340,8 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const int item = i * 32 + lane, of_row = item / (SHARES * PIECE);
             const int of_quad = item / PIECE % SHARES, eighth = item % PIECE;
             write(first_out + of_row * COLUMNS + column,
-                  (turn * SHARES + of_quad) * UNIT_VALUES + (chunk - PIECE + 1 + eighth) * 8,
-                  staged[place_of(of_row, of_quad, eighth)]);
+                  (turn * SHARES + of_quad) * UNIT_VALUES + (chunk - PIECE + 1 + eighth) * 8, staged[place_of(item)]);
           }
           __syncwarp();
         }
