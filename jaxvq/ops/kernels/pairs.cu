@@ -28,6 +28,7 @@ constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);                            
 constexpr int TWO_BYTES = PAIRS * STRIDE, TABLE_BYTES = TWO_BYTES * (COLUMNS / 2);  // of two columns, of all
 // Half of the lanes take their columns the other way round. That pays where tables are large.
 constexpr bool CROSSED = SHARES > 1 && BITS > 2;
+constexpr int COPIES_OF_TABLE = CROSSED ? SHARES / 2 : SHARES, KEPT = CROSSED ? 1 : COLUMNS;
 __device__ constexpr int column_at(int column) { return CROSSED ? 0 : column / 2 * TWO_BYTES + column % 2 * 128; }
 constexpr int STEPS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN), TURNS = STEPS * SPAN;
 constexpr int UNROLLED = SPLIT ? 1 : STEPS, OCTETS = UNIT_CODES / 8;
@@ -57,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   SHARED_MEMORY;
   const Decoder decoder{vectors, scales, zeros};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = lane / LANES;
-  const int crossed = CROSSED ? (share ^ share / 2) % 2 : 0;
+  const int crossed = CROSSED ? share / COPIES_OF_TABLE : 0, copy = share % COPIES_OF_TABLE;
   unsigned char* ring = memory + TABLE_BYTES;
   unsigned short* shared_x = reinterpret_cast<unsigned short*>(ring + RING * STEP_BYTES);
   float* sums = reinterpret_cast<float*>(shared_x + ROWS * X_ROW);
@@ -205,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   unsigned place_of[COLUMNS];
 #pragma unroll
   for (int column = 0; column < COLUMNS; ++column)
-    place_of[column] = CROSSED ? (share / 2 * OUTS + lane % LANES * 2 + (column ^ crossed)) * 4 : lane * 4;
+    place_of[column] = CROSSED ? (copy * OUTS + lane % LANES * 2 + (column ^ crossed)) * 4 : lane * 4;
   float totals[ROWS][COLUMNS][2];
   unsigned chains[ROWS][COLUMNS];
   auto use = [&](int turn, int first_octet, const unsigned (&from)[UNIT_WORDS][COLUMNS]) {
@@ -269,17 +270,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int n = 0; n < ROWS; ++n) {
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) totals[n][column][0] += totals[n][column][1];
-      // Lanes that are a power of two of shares apart have their columns the other way round.
+      // Of two lanes that have their columns the other way round each keeps its first.
+      if constexpr (CROSSED) totals[n][0][0] += __shfl_xor_sync(~0u, totals[n][1][0], COPIES_OF_TABLE * LANES);
 #pragma unroll
-      for (int far = LANES; far < 32; far *= 2) {
-        const float first = __shfl_xor_sync(~0u, totals[n][CROSSED ? 1 : 0][0], far);
-        const float second = __shfl_xor_sync(~0u, totals[n][CROSSED ? 0 : 1][0], far);
-        totals[n][0][0] += first, totals[n][1][0] += second;
-      }
+      for (int column = 0; column < KEPT; ++column) {
 #pragma unroll
-      for (int column = 0; column < COLUMNS; ++column) {
-        const int out = lane % LANES * COLUMNS + column;
-        if (share == 0)
+        for (int far = LANES; far < COPIES_OF_TABLE * LANES; far *= 2)
+          totals[n][column][0] += __shfl_xor_sync(~0u, totals[n][column][0], far);
+        const int out = lane % LANES * COLUMNS + (column ^ crossed);
+        if (copy == 0)
           sums[(warp * ROWS + n) * OUTS + out] = totals[n][column][0] * (x_power[n] * powers[i % 2 * OUTS + out]);
       }
     }
