@@ -130,9 +130,9 @@ class Grid:
         if operand in self.special:
             return self.special[operand].astype(dtype)
         if operand[0] == "%" or operand in self.program.widths:
-            stored = self.registers.get(operand)
-            if stored is None:
-                stored = np.zeros(self.count, STORED[self.width(operand)])
+            if operand not in self.registers:
+                raise RuntimeError(f"{operand} is read before anything is written to it")
+            stored = self.registers[operand]
             if stored.dtype.itemsize > dtype.itemsize:
                 stored = stored.astype(f"u{dtype.itemsize}")
             elif stored.dtype.itemsize < dtype.itemsize:

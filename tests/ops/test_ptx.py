@@ -147,6 +147,7 @@ def test_shared_memory_begins_as_nan():
         ("ld.global.u32 %r2, [%rd4+2];", IndexError, "no multiple of the 4 bytes"),
         ("ld.shared.u32 %r2, [128];", IndexError, "beyond the 128 bytes of shared memory"),
         ("sin.approx.f32 %f1, %f2;", NotImplementedError, "sin.approx.f32"),
+        ("add.s32 %r3, %r2, 1;", RuntimeError, "%r2 is read before anything is written"),
         ("setp.gt.u32 %p1, %r1, 9;\n@%p1 redux.sync.max.u32 %r3, %r1, -1;", RuntimeError, "not all threads of a warp"),
     ],
 )
