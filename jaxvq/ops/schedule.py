@@ -92,7 +92,8 @@ def _by_pairs(problem: Problem) -> list[Tiles]:
 
     One row of many outputs has four columns, where a thread reads x for twice as many codes, if no processor has more
     to do for it. Of 4 bits two columns are faster where blocks take turns and x can stay in registers: their tables are
-    half as large and sooner written.
+    half as large and sooner written. Where lanes share 32 outputs of 4 bits, and all of their codes can be asked for at
+    the beginning, four columns fill fewer registers with x, and eight warps are enough.
     """
     lanes, k_warps = 32, 16
     while lanes > 8 and problem.outputs <= PROCESSORS * lanes:
@@ -104,6 +105,11 @@ def _by_pairs(problem: Problem) -> list[Tiles]:
     rings = [(span, ring) for ring in range(max(2, min(4, math.ceil(units / span))), 1, -1)]
     rings += [(span >> halved, 2) for halved in range(1, span.bit_length())] + [(1, 1)]
     ways = [_with_inputs(problem, Tiles("pairs", 2, k_warps, 1, span, 1, lanes, ring=ring)) for span, ring in rings]
+    if lanes == 16 and problem.rows == 1 and problem.bits == 4:
+        four = Tiles("pairs", 4, 8, 1, 2, 1, lanes // 2, ring=8)
+        steps = math.ceil(_units_of_lane(problem, four.k_warps, four.lanes) / four.span)
+        if 2 <= steps <= four.ring:
+            return [dataclasses.replace(four, ring=steps), *ways]
     two, wide = ways[0], _with_inputs(problem, dataclasses.replace(ways[0], columns=4, ring=2))
     takes_two, takes_wide = takes(problem, two), takes(problem, wide)
     if problem.rows > 1 or problem.bits < 2 or lanes < 32 or takes_wide * wide.outs > takes_two * two.outs:
@@ -277,7 +283,8 @@ def pairs_nbytes(problem: Problem, tiles: Tiles) -> int:
     ring = tiles.ring * tiles.span * problem.unit[0] * 128 * tiles.k_warps * tiles.columns
     x = tiles.k_warps * (32 // tiles.lanes) * _part(problem, tiles)
     sums = (tiles.k_warps * problem.rows + 2) * tiles.outs
-    return 128 * tiles.columns * levels**2 + ring + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
+    columns = tiles.columns if tiles.lanes == 32 else 2
+    return 128 * columns * levels**2 + ring + 2 * problem.rows * x + 4 * sums + 2 * levels * tiles.outs
 
 
 def products_nbytes(problem: Problem, tiles: Tiles) -> int:

@@ -75,7 +75,7 @@ def test_more_outputs_than_a_processor_has_at_once(name, shape, monkeypatch):
 
 
 @pytest.mark.parametrize("processors", [1, 8])
-@pytest.mark.parametrize("shape", [(2048, 204), (4096, 380), (3000, 377), (257, 100), (8200, 99)], ids=str)
+@pytest.mark.parametrize("shape", [(2048, 204), (1003, 150), (4096, 380), (3000, 377), (257, 100), (8200, 99)], ids=str)
 @pytest.mark.parametrize("name", [name for name in PALETTES if "groups" not in name])
 def test_codes_of_palettes_come_by_rings(name, shape, processors, monkeypatch):
     """Whole steps of the input side and parts of one, x in registers and in shared memory, several tables in turn.

@@ -250,7 +250,7 @@ def test_processors_have_about_the_same_outputs(outputs, outs, fake_compiler, la
     look_at("4-bit palettes", (2048, outputs), look)
 
 
-@pytest.mark.parametrize(("outputs", "columns"), [(4096, 2), (8448, 2), (14336, 4), (16384, 4), (20_000, 2)])
+@pytest.mark.parametrize(("outputs", "columns"), [(2048, 2), (4096, 4), (8448, 2), (14336, 4), (16384, 4), (20_000, 2)])
 def test_threads_have_more_outputs_of_a_row_where_no_processor_waits_for_it(outputs, columns, fake_compiler, launches):
     def look(w):
         launch = launched(launches, 1, w)
@@ -265,11 +265,14 @@ RINGS = {
     ("4-bit palettes", (2048, 128256), 1): (2, 32, 16, 4, 0),
     ("4-bit palettes", (2048, 20_000), 1): (2, 32, 16, 4, 0),
     ("4-bit palettes", (4096, 20_000), 1): (2, 32, 16, 4, 1),
-    ("4-bit palettes", (4096, 4096), 1): (2, 16, 16, 4, 0),
+    ("4-bit palettes", (4096, 4096), 1): (4, 8, 8, 8, 0),
+    ("4-bit palettes", (4104, 4096), 1): (2, 16, 16, 4, 1),
+    ("3-bit palettes", (4096, 4096), 1): (2, 16, 16, 4, 0),
     ("4-bit palettes", (4096, 4096), 2): (2, 16, 16, 4, 1),
     ("4-bit palettes", (4096, 14336), 2): (2, 32, 16, 4, 1),
     ("4-bit palettes", (4096, 14338), 1): (4, 32, 16, 2, 1),
-    ("4-bit palettes", (2048, 3072), 1): (2, 16, 16, 2, 0),
+    ("4-bit palettes", (2048, 3072), 1): (4, 8, 8, 4, 0),
+    ("4-bit palettes", (256, 3072), 1): (2, 16, 8, 2, 0),
     ("4-bit palettes", (2048, 2048), 1): (2, 8, 8, 2, 0),
     ("4-bit palettes", (32, 2048), 1): (2, 8, 8, 2, 0),
     ("3-bit palettes", (2048, 16384), 1): (4, 32, 16, 2, 0),
@@ -315,12 +318,12 @@ def test_fewer_columns_and_smaller_rings_where_there_is_less_room(
     look_at("4-bit palettes", shape, look)
 
 
-@pytest.mark.parametrize(("outputs", "lanes"), [(2048, 8), (2112, 8), (2560, 16), (4224, 16), (5120, 32)])
-def test_lanes_have_the_same_outputs_where_that_gives_work_to_more_processors(outputs, lanes, fake_compiler, launches):
+@pytest.mark.parametrize(("outputs", "outs"), [(2048, 16), (2112, 16), (2560, 32), (4224, 32), (5120, 64)])
+def test_lanes_have_the_same_outputs_where_that_gives_work_to_more_processors(outputs, outs, fake_compiler, launches):
     def look(w):
         launch = launched(launches, 1, w)
-        assert (launch.constants["LANES"], launch.constants["TAKES"]) == (lanes, 1)
-        assert launch.blocks == -(-outputs // (2 * lanes))
+        assert (launch.constants["LANES"] * launch.constants["COLUMNS"], launch.constants["TAKES"]) == (outs, 1)
+        assert launch.blocks == -(-outputs // outs)
 
     look_at("4-bit palettes", (2048, outputs), look)
 

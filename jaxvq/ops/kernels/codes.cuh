@@ -39,12 +39,22 @@ __device__ __forceinline__ float float_of(unsigned short half) {
   return x;
 }
 
-// The bits of a number in memory, and the number that bits are.
+// How the bits of a number are held in memory, what is read there, and the number that bits are.
+template <int TYPE>
+struct BitsOf {
+  using type = unsigned short;
+};
+template <>
+struct BitsOf<FLOAT32> {
+  using type = unsigned;
+};
+template <>
+struct BitsOf<INT8> {
+  using type = unsigned char;
+};
 template <int TYPE>
 __device__ __forceinline__ unsigned bits_at(const void* from, long long index) {
-  if constexpr (TYPE == FLOAT32) return __ldg(static_cast<const unsigned*>(from) + index);
-  if constexpr (TYPE == INT8) return __ldg(static_cast<const unsigned char*>(from) + index);
-  return __ldg(static_cast<const unsigned short*>(from) + index);
+  return __ldg(static_cast<const typename BitsOf<TYPE>::type*>(from) + index);
 }
 template <int TYPE>
 __device__ __forceinline__ float number_of(unsigned bits) {
@@ -299,9 +309,10 @@ __device__ __forceinline__ void write_products(unsigned short* y, const float* s
         const float4 four = *reinterpret_cast<const float4*>(from + w * ROWS * ROW);
         sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
       } else {
-        sum.x += from[w * ROWS * ROW];
+        (&sum.x)[w % 4] += from[w * ROWS * ROW];
       }
     }
+    if constexpr (TOGETHER == 1) sum.x = (sum.x + sum.y) + (sum.z + sum.w);
     if (out >= OUTPUTS) continue;
     unsigned short* to = y + (long long)n * OUTPUTS + out;
     if constexpr (TOGETHER == 4)

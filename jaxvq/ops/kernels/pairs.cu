@@ -4,8 +4,8 @@
 // output. The tables of a block's outputs lie side by side in shared memory, pair by pair, so that every lane of a warp
 // reads from a bank of its own whatever the codes are. A lane has COLUMNS neighbouring outputs, two of them in tables
 // half a row apart. If LANES, those with different outputs, are fewer than 32, the others have the same outputs and
-// another part of the input side. Two such lanes take their two columns in opposite order, so that one table serves
-// both; from four on there are copies.
+// another part of the input side. As many such lanes as there are columns each take these in an order of their own, so
+// that one table serves all of them; if there are more, tables have copies.
 //
 // Values and x are float16 in there, scaled by powers of two: a palette to entries below 1 (those below 2**-25 of the
 // largest count as zero), x to less than 2048 by its largest value in a warp's part. At most eight products are added
@@ -24,11 +24,12 @@
 #include "codes.cuh"
 
 constexpr int LEVELS = 1 << BITS, PAIRS = LEVELS * LEVELS;
-constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);                                // bytes from a pair to the next
-constexpr int TWO_BYTES = PAIRS * STRIDE, TABLE_BYTES = TWO_BYTES * (COLUMNS / 2);  // of two columns, of all
-// Half of the lanes take their columns the other way round. That pays where tables are large.
+constexpr int STRIDE = 256, SHIFT = log2_of(STRIDE);  // bytes from a pair to the next
+constexpr int TWO_BYTES = PAIRS * STRIDE;             // of two columns, or of as many outputs
+// Lanes with the same outputs take their columns in orders of their own. That pays where tables are large.
 constexpr bool CROSSED = SHARES > 1 && BITS > 2;
-constexpr int COPIES_OF_TABLE = CROSSED ? SHARES / 2 : SHARES, KEPT = CROSSED ? 1 : COLUMNS;
+constexpr int COPIES_OF_TABLE = CROSSED ? SHARES / COLUMNS : SHARES, KEPT = CROSSED ? 1 : COLUMNS;
+constexpr int TABLE_BYTES = TWO_BYTES * (CROSSED ? 1 : COLUMNS / 2);
 __device__ constexpr int column_at(int column) { return CROSSED ? 0 : column / 2 * TWO_BYTES + column % 2 * 128; }
 constexpr int STEPS = (UNITS + K_WARPS * SHARES * SPAN - 1) / (K_WARPS * SHARES * SPAN), TURNS = STEPS * SPAN;
 constexpr int UNROLLED = SPLIT ? 1 : STEPS, OCTETS = UNIT_CODES / 8;
@@ -38,8 +39,12 @@ constexpr int MY_CODES = TURNS * SHARES * UNIT_CODES, X_ROW = K_WARPS * MY_CODES
 constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
 // Eights of codes whose products are added up in float16: at most eight in each half of a register.
 constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;
-constexpr int GRID = (BLOCKS_OF_OUTS + TAKES - 1) / TAKES;  // blocks of threads
-constexpr int STAGED = LEVELS * OUTS, RAW = (STAGED + THREADS - 1) / THREADS;
+constexpr int GRID = (BLOCKS_OF_OUTS + TAKES - 1) / TAKES;                             // blocks of threads
+constexpr int STAGED = LEVELS * OUTS, READ = STAGED > THREADS ? STAGED / THREADS : 1;  // values, those of a thread
+using Entry = BitsOf<VECTORS>::type;
+struct __align__(sizeof(Entry) * READ < 16 ? sizeof(Entry) * READ : 16) Entries {
+  Entry bits[READ];
+};
 constexpr int AT_ONCE = LEVELS < 8 ? LEVELS : 8;  // values of a palette that are read at once
 struct __align__(2 * AT_ONCE) Values {
   unsigned two[AT_ONCE / 2];
@@ -48,12 +53,13 @@ constexpr int COPIED = OUTPUTS % 4 == 0 ? 4 : 1;  // words that are copied at on
 constexpr int PARTS = CROSSED ? 1 : COLUMNS;      // of a table, written by warps of their own
 constexpr int PART_WARPS = K_WARPS / PARTS, PART_OUTS = OUTS / PARTS;
 static_assert(OUT_WARPS == 1 && K_WARPS % PARTS == 0, "all warps of a block share its outputs and tables");
-static_assert(COLUMNS % 2 == 0 && (SHARES == 1 || COLUMNS == 2), "two columns to a row of a table");
+static_assert(CROSSED ? SHARES % COLUMNS == 0 : COLUMNS == 2 || SHARES == 1 && COLUMNS == 4, "rows of tables are full");
 static_assert(RING > 0, "codes come by the ring");
+static_assert(READ <= AT_ONCE, "a thread's values lie side by side");
 static_assert(STAGES == 1 && DIM == 1 && !GROUPED, "a palette for an output");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* __restrict__ vectors,
+    pairs(const unsigned short* __restrict__ x, const unsigned* __restrict__ words, const void* vectors,
           const void* __restrict__ scales, const void* __restrict__ zeros, unsigned short* __restrict__ y) {
   SHARED_MEMORY;
   const Decoder decoder{vectors, scales, zeros};
@@ -65,33 +71,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float* powers = sums + K_WARPS * ROWS * OUTS;  // of the palettes, those of this block of outputs and the next
   unsigned short* staged = reinterpret_cast<unsigned short*>(powers + 2 * OUTS);  // the palettes
 
-  // Bits, for a number would have to be there before anything else is asked for.
-  unsigned raw[RAW], raw_scales[RAW];
+  // A thread has neighbouring values of a palette, until they are used their bits: a number would have to be there
+  // before anything else is asked for.
+  const int my_value = threadIdx.x * READ, my_out = my_value / LEVELS, my_code = my_value % LEVELS;
+  const bool has_values = STAGED % THREADS == 0 || my_value < STAGED;
+  Entries entries;
+  unsigned scale;
   auto read_palettes = [&](int block) {
+    const int out = block * OUTS + my_out;
+    if (!has_values) return;
+    if constexpr (ENTRIES == LEVELS) {
+      const long long first = decoder.block(0, out, 1, OUT_BLOCKS) * LEVELS + my_code;
+      entries = static_cast<const Entries*>(vectors)[first / READ];
+    } else {
 #pragma unroll
-    for (int i = 0; i < RAW; ++i) {
-      const int item = threadIdx.x + i * THREADS, out = block * OUTS + item / LEVELS, code = item % LEVELS;
-      if (STAGED % THREADS == 0 || item < STAGED)
-        raw[i] = decoder.bits_of_entry(0, out, 0, code, 0), raw_scales[i] = decoder.bits_of_scale(0, out);
+      for (int i = 0; i < READ; ++i) entries.bits[i] = decoder.bits_of_entry(0, out, 0, my_code + i, 0);
     }
+    scale = decoder.bits_of_scale(0, out);
   };
   // Values go from the registers by shared memory into tables of pairs.
   auto stage_palettes = [&](float* powers) {
+    if (!has_values) return;
+    float values[READ], most = 0;
 #pragma unroll
-    for (int i = 0; i < RAW; ++i) {
-      const int item = threadIdx.x + i * THREADS, out = item / LEVELS, code = item % LEVELS;
-      if (STAGED % THREADS == 0 || item < STAGED) {
-        const float value = number_of<VECTORS>(raw[i]) * decoder.scale_of(raw_scales[i]);
-        float most = isfinite(value) ? fabsf(value) : 0;
-#pragma unroll
-        for (int far = 1; far < LEVELS; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
-        const float2 power = power_for(most, 0);
-        const int row = out % PARTS * PART_OUTS + out / PARTS;
-        staged[(code / AT_ONCE * OUTS + row) * AT_ONCE + code % AT_ONCE] =
-            (unsigned short)two_halves<false>(value * power.x, 0);
-        if (code == 0) powers[out] = power.y;
-      }
+    for (int i = 0; i < READ; ++i) {
+      values[i] = number_of<VECTORS>(entries.bits[i]) * decoder.scale_of(scale);
+      most = fmaxf(most, isfinite(values[i]) ? fabsf(values[i]) : 0);
     }
+#pragma unroll
+    for (int far = 1; far < LEVELS / READ; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
+    const float2 power = power_for(most, 0);
+    const int row = my_out % PARTS * PART_OUTS + my_out / PARTS;
+    unsigned short* to = staged + (my_code / AT_ONCE * OUTS + row) * AT_ONCE + my_code % AT_ONCE;
+#pragma unroll
+    for (int i = 0; i < READ; ++i) to[i] = (unsigned short)two_halves<false>(values[i] * power.x, 0);
+    if (my_code == 0) powers[my_out] = power.y;
   };
   auto write_tables = [&] {
     const int part = warp % PARTS;
@@ -148,8 +162,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const unsigned char* from =
             my_ring + place * STEP_BYTES + (s * UNIT_WORDS + i) * ROW_BYTES + lane * COLUMNS * 4;
         if constexpr (CROSSED) {
-          codes[s][i][0] = *reinterpret_cast<const unsigned*>(from + crossed * 4);
-          codes[s][i][1] = *reinterpret_cast<const unsigned*>(from + 4 - crossed * 4);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; ++j)
+            codes[s][i][j] = *reinterpret_cast<const unsigned*>(from + (j ^ crossed) * 4);
         } else {
 #pragma unroll
           for (int j = 0; j < COLUMNS; j += 2) {
@@ -161,6 +176,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncwarp();
   };
   read_palettes(blockIdx.x);
+  // All palettes are asked for before codes are: memory would let those of some blocks wait behind the codes of others.
+  __syncthreads();
   // The part of x that this warp multiplies.
   uint4 my_x[ROWS][X_READS];
 #pragma unroll
@@ -206,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   unsigned place_of[COLUMNS];
 #pragma unroll
   for (int column = 0; column < COLUMNS; ++column)
-    place_of[column] = CROSSED ? (copy * OUTS + lane % LANES * 2 + (column ^ crossed)) * 4 : lane * 4;
+    place_of[column] = CROSSED ? (copy * OUTS + lane % LANES * COLUMNS + (column ^ crossed)) * 4 : lane * 4;
   float totals[ROWS][COLUMNS][2];
   unsigned chains[ROWS][COLUMNS];
   auto use = [&](int turn, int first_octet, const unsigned (&from)[UNIT_WORDS][COLUMNS]) {
@@ -270,8 +287,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int n = 0; n < ROWS; ++n) {
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column) totals[n][column][0] += totals[n][column][1];
-      // Of two lanes that have their columns the other way round each keeps its first.
-      if constexpr (CROSSED) totals[n][0][0] += __shfl_xor_sync(~0u, totals[n][1][0], COPIES_OF_TABLE * LANES);
+      // Lanes with columns in orders of their own halve what they have until each has its first.
+      if constexpr (CROSSED) {
+#pragma unroll
+        for (int half = COLUMNS / 2; half > 0; half /= 2)
+#pragma unroll
+          for (int column = 0; column < half; ++column)
+            totals[n][column][0] += __shfl_xor_sync(~0u, totals[n][column + half][0], half * COPIES_OF_TABLE * LANES);
+      }
 #pragma unroll
       for (int column = 0; column < KEPT; ++column) {
 #pragma unroll
