@@ -7,7 +7,8 @@ of the time of bf16, 1 / 2.5 with 3-bit palettes, half with 2-bit codebooks; 204
 is that of rounding to bf16.
 
 A turn multiplies the same x with 48 different weights, more of them if they are small, so that none is still in the
-cache when its turn comes. Many turns with changing x are one program, which runs each turn as one CUDA graph. The
+cache when its turn comes. Each product stays one by itself: of two weights with the same x XLA would else make one
+product, if they are small. Many turns with changing x are one program, which runs each turn as one CUDA graph. The
 contenders' programs run by turns, each time in another order, so that none always follows a light one when the GPU is
 at its power limit. The median time of a program over its products is the time. That of the loop itself, without
 products, is shown beside it and not subtracted. What PyTorch runs is recorded as CUDA graphs and timed by events, in a

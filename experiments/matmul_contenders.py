@@ -173,15 +173,15 @@ def many_turns(
 ) -> Float32[Array, "rows kept"]:
     """The sum of the products of changing x with all weights, or of x itself without any.
 
-    The barriers keep the compiler from computing anything about the weights once for all turns, and from computing
-    less than whole products although only their first columns are added up: to add up all would take longer than some
-    products do.
+    The barriers keep the compiler from computing anything about the weights once for all turns, from making one product
+    of two because they have the same x, and from computing less than whole products although only their first columns
+    are added up: to add up all would take longer than some products do.
     """
 
     def turn(i: Array, total: Array) -> Array:
         x = lax.dynamic_index_in_dim(xs, lax.rem(i, jnp.int32(xs.shape[0])), keepdims=False)
-        x, now = lax.optimization_barrier((x, weights))
-        results = lax.optimization_barrier([product(x, weight) for weight in now] or [x])
+        results = [product(*lax.optimization_barrier((x, weight))) for weight in weights]
+        results = lax.optimization_barrier(results or [x])
         return sum((result[:, :kept].astype(jnp.float32) for result in results), start=total)
 
     kept = min(KEPT, xs.shape[2])

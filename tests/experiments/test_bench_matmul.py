@@ -122,6 +122,15 @@ def test_a_loop_without_weights_adds_up_x():
     assert matmul_contenders.many_turns(jnp.matmul, 3, xs, []).tolist() == [[9.0] * 128]
 
 
+def test_no_two_products_have_the_same_x():
+    """Of those XLA would make one."""
+    xs, weights = jnp.ones((2, 1, 8), jnp.bfloat16), [jnp.ones((8, 16), jnp.bfloat16)] * 3
+    program = jax.make_jaxpr(functools.partial(matmul_contenders.many_turns, jnp.matmul, 2))(xs, weights)
+    (loop,) = (equation for equation in program.jaxpr.eqns if "jaxpr" in equation.params)
+    products = [equation for equation in loop.params["jaxpr"].eqns if equation.primitive.name == "dot_general"]
+    assert len({product.invars[0] for product in products}) == len(products) == 3
+
+
 def test_nothing_about_the_weights_is_computed_outside_the_loop():
     weights = bench_matmul.make_weights("palette4-xla", (32, 128), TINY)
     xs = jnp.ones((2, 1, 32), jnp.bfloat16)
