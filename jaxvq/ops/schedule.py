@@ -92,8 +92,8 @@ def _by_pairs(problem: Problem) -> list[Tiles]:
 
     One row of many outputs has four columns, where a thread reads x for twice as many codes, if no processor has more
     to do for it. Of 4 bits two columns are faster where blocks take turns and x can stay in registers: their tables are
-    half as large and sooner written. Where lanes share 32 outputs of 4 bits, and all of their codes can be asked for at
-    the beginning, four columns fill fewer registers with x, and eight warps are enough.
+    half as large and sooner written. Where lanes share outputs, four columns fill fewer registers with x, and eight
+    warps are enough, for 4 bits and for one row of 3 bits; all codes of 4 bits are then asked for at the beginning.
     """
     lanes, k_warps = 32, 16
     while lanes > 8 and problem.outputs <= PROCESSORS * lanes:
@@ -105,11 +105,13 @@ def _by_pairs(problem: Problem) -> list[Tiles]:
     rings = [(span, ring) for ring in range(max(2, min(4, math.ceil(units / span))), 1, -1)]
     rings += [(span >> halved, 2) for halved in range(1, span.bit_length())] + [(1, 1)]
     ways = [_with_inputs(problem, Tiles("pairs", 2, k_warps, 1, span, 1, lanes, ring=ring)) for span, ring in rings]
-    if lanes == 16 and problem.rows == 1 and problem.bits == 4:
-        four = Tiles("pairs", 4, 8, 1, 2, 1, lanes // 2, ring=8)
-        steps = math.ceil(_units_of_lane(problem, four.k_warps, four.lanes) / four.span)
-        if 2 <= steps <= four.ring:
-            return [dataclasses.replace(four, ring=steps), *ways]
+    if lanes < 32 and (problem.bits == 4 or (problem.bits == 3 and problem.rows == 1)):
+        span, ring = {3: (1, 2), 4: (2, 8)}[problem.bits]
+        four = Tiles("pairs", 4, 8, 1, span, 1, lanes // 2)
+        part = _part(problem, four)
+        steps = part // (span * problem.unit[1])
+        if steps > 1 and part <= HELD:
+            return [dataclasses.replace(four, ring=min(ring, steps)), *ways]
     two, wide = ways[0], _with_inputs(problem, dataclasses.replace(ways[0], columns=4, ring=2))
     takes_two, takes_wide = takes(problem, two), takes(problem, wide)
     if problem.rows > 1 or problem.bits < 2 or lanes < 32 or takes_wide * wide.outs > takes_two * two.outs:
@@ -215,6 +217,10 @@ def _by_floats(problem: Problem) -> list[Tiles]:
             k_warps, out_warps = (2, 4) if problem.rows > 16 else (4, 2)
         blocks = 1 if problem.rows > 16 else 2
         tiles = Tiles("matmul", _columns(problem), k_warps, out_warps, span, blocks, copies=_copies(problem))
+        alone = tiles.parts(problem.outputs) <= PROCESSORS
+        if alone and problem.rows <= 16 and problem.dim == 1 and problem.groups == 1 and span > 1:
+            # A block has a processor to itself: more warps, each with less on its way.
+            tiles = dataclasses.replace(tiles, k_warps=16, span=span // 2, blocks=1)
     splits = [True, False] if problem.rows <= ROWS_SPLIT else [False]
     copies = [tiles.copies >> n for n in range(tiles.copies.bit_length())] or [0]
     ways = [dataclasses.replace(tiles, split=split, copies=count) for split in splits for count in copies]

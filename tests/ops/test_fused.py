@@ -250,12 +250,12 @@ def test_processors_have_about_the_same_outputs(outputs, outs, fake_compiler, la
     look_at("4-bit palettes", (2048, outputs), look)
 
 
-@pytest.mark.parametrize(("outputs", "columns"), [(2048, 2), (4096, 4), (8448, 2), (14336, 4), (16384, 4), (20_000, 2)])
+@pytest.mark.parametrize(("outputs", "columns"), [(2048, 4), (4096, 4), (8448, 2), (14336, 4), (16384, 4), (20_000, 2)])
 def test_threads_have_more_outputs_of_a_row_where_no_processor_waits_for_it(outputs, columns, fake_compiler, launches):
     def look(w):
         launch = launched(launches, 1, w)
         assert (launch.name, launch.constants["COLUMNS"]) == ("pairs", columns)
-        assert launched(launches, 2, w).constants["COLUMNS"] == 2
+        assert launched(launches, 2, w).constants["COLUMNS"] == (columns if outputs <= 4096 else 2)
 
     look_at("4-bit palettes", (2048, outputs), look)
 
@@ -267,13 +267,16 @@ RINGS = {
     ("4-bit palettes", (4096, 20_000), 1): (2, 32, 16, 4, 1),
     ("4-bit palettes", (4096, 4096), 1): (4, 8, 8, 8, 0),
     ("4-bit palettes", (4104, 4096), 1): (2, 16, 16, 4, 1),
-    ("3-bit palettes", (4096, 4096), 1): (2, 16, 16, 4, 0),
-    ("4-bit palettes", (4096, 4096), 2): (2, 16, 16, 4, 1),
+    ("3-bit palettes", (4096, 4096), 1): (4, 8, 8, 2, 0),
+    ("3-bit palettes", (4096, 4096), 2): (2, 16, 16, 4, 1),
+    ("3-bit palettes", (11008, 4096), 1): (2, 16, 16, 4, 1),
+    ("4-bit palettes", (4096, 4096), 2): (4, 8, 8, 8, 0),
+    ("2-bit palettes", (4096, 4096), 1): (2, 16, 16, 4, 0),
     ("4-bit palettes", (4096, 14336), 2): (2, 32, 16, 4, 1),
     ("4-bit palettes", (4096, 14338), 1): (4, 32, 16, 2, 1),
     ("4-bit palettes", (2048, 3072), 1): (4, 8, 8, 4, 0),
     ("4-bit palettes", (256, 3072), 1): (2, 16, 8, 2, 0),
-    ("4-bit palettes", (2048, 2048), 1): (2, 8, 8, 2, 0),
+    ("4-bit palettes", (2048, 2048), 1): (4, 4, 8, 2, 0),
     ("4-bit palettes", (32, 2048), 1): (2, 8, 8, 2, 0),
     ("3-bit palettes", (2048, 16384), 1): (4, 32, 16, 2, 0),
     ("2-bit palettes", (4096, 14336), 1): (4, 32, 16, 2, 1),
@@ -288,6 +291,32 @@ def test_rings_of_shared_memory_that_codes_of_palettes_come_by(name, shape, rows
     def look(w):
         given = launched(launches, rows, w).constants
         assert tuple(given[key] for key in ("COLUMNS", "LANES", "K_WARPS", "RING", "SPLIT")) == RINGS[name, shape, rows]
+
+    look_at(name, shape, look)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rows", "tiles"),
+    [
+        ("4-bit palettes", (4096, 4096), 16, (16, 2, 1)),
+        ("4-bit palettes", (4096, 4224), 3, (16, 2, 1)),
+        ("4-bit palettes", (4096, 2112), 16, (16, 2, 1)),
+        ("8 bits", (4096, 4096), 16, (16, 1, 1)),
+        ("4-bit palettes", (4096, 4228), 16, (8, 4, 2)),
+        ("4-bit palettes", (4096, 4096), 17, (8, 4, 1)),
+        ("3-bit palettes", (4096, 4096), 16, (8, 1, 2)),
+        ("4-bit palettes of groups", (4096, 4096), 16, (8, 4, 2)),
+        ("2 x 8 bits, d=8", (4096, 4096), 1, (8, 1, 2)),
+    ],
+)
+def test_blocks_that_have_a_processor_to_themselves_have_more_warps(name, shape, rows, tiles, fake_compiler, launches):
+    """(warps that share the input side, turns on their way, blocks at once on a processor)"""
+
+    def look(w):
+        launch = launched(launches, rows, w)
+        given = launch.constants
+        assert launch.name == "matmul"
+        assert (given["K_WARPS"], given["SPAN"], given["BLOCKS"]) == tiles
 
     look_at(name, shape, look)
 

@@ -102,10 +102,9 @@ __device__ __forceinline__ unsigned permuted(unsigned low, unsigned high, unsign
   return bytes;
 }
 
-// Eight values of row `n` of x from input `at` on. Beyond the input side x counts as zero.
+// Eight values of a row of x from `from` on, where input `at` is. Beyond the input side x counts as zero.
 template <bool INSIDE>
-__device__ __forceinline__ uint4 eight_inputs(const unsigned short* x, int n, int at) {
-  const unsigned short* from = x + (long long)n * INPUTS + at;
+__device__ __forceinline__ uint4 eight_inputs(const unsigned short* from, int at) {
   uint4 all = make_uint4(0, 0, 0, 0);
   if constexpr (INPUTS % 8 == 0) {
     if (INSIDE || at < INPUTS) all = __ldg(reinterpret_cast<const uint4*>(from));
@@ -116,6 +115,10 @@ __device__ __forceinline__ uint4 eight_inputs(const unsigned short* x, int n, in
       if (at + i < INPUTS) to[i / 2] |= (unsigned)__ldg(from + i) << i % 2 * 16;
   }
   return all;
+}
+template <bool INSIDE>
+__device__ __forceinline__ uint4 eight_inputs(const unsigned short* x, int n, int at) {
+  return eight_inputs<INSIDE>(x + (long long)n * INPUTS + at, at);
 }
 
 // The largest size of N eights of values in a warp. The bits of a float without its sign compare like the float.
@@ -250,6 +253,13 @@ __device__ __forceinline__ unsigned nibbles(const unsigned (&words)[UNIT_WORDS],
   return t;
 }
 
+// The bits of COUNT neighbouring entries of a table of single values.
+template <int COUNT>
+struct __align__(sizeof(typename BitsOf<VECTORS>::type) * COUNT < 16 ? sizeof(typename BitsOf<VECTORS>::type) * COUNT
+                                                                     : 16) Entries {
+  typename BitsOf<VECTORS>::type bits[COUNT];
+};
+
 struct Decoder {
   const void *vectors, *scales, *zeros;
 
@@ -272,6 +282,19 @@ struct Decoder {
   __device__ __forceinline__ unsigned bits_of_entry(int group, int out, int stage, int code, int j) const {
     const long long table = block(group, out, G_BLOCKS, OUT_BLOCKS) * STAGES + stage;
     return bits_at<VECTORS>(vectors, (table * ENTRIES + min(code, ENTRIES - 1)) * DIM + j);
+  }
+  // The entries of COUNT codes from `code`, a multiple of COUNT, on. All are read at once where each code has one.
+  template <int COUNT>
+  __device__ __forceinline__ Entries<COUNT> entries(int group, int out, int code) const {
+    Entries<COUNT> entries;
+    if constexpr (ENTRIES == 1 << BITS && ENTRIES % COUNT == 0) {
+      const long long first = block(group, out, G_BLOCKS, OUT_BLOCKS) * ENTRIES + code;
+      entries = static_cast<const Entries<COUNT>*>(vectors)[first / COUNT];
+    } else {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) entries.bits[i] = bits_of_entry(group, out, 0, code + i, 0);
+    }
+    return entries;
   }
   // Value `j` of the vector of a code, without its scale; of the last code for those beyond.
   __device__ __forceinline__ float entry(int group, int out, int stage, int code, int j) const {

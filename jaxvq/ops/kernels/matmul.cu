@@ -100,18 +100,24 @@ __device__ __forceinline__ void share_out(int thread, Item item) {
   }
 }
 
-// Writes the palettes of COUNT outputs, shared out among so many threads: for each output the lower bytes of sixteen
-// 16-bit floats, then the upper ones.
+// Writes the palettes of COUNT outputs, shared out among so many threads: for each output the lower bytes of eight or
+// sixteen 16-bit floats, then, 16 bytes further, the upper ones.
 template <int COUNT, int AMONG>
 __device__ __forceinline__ void write_palettes(unsigned char* palettes, const Decoder& decoder, int group,
                                                int first_out, int thread) {
-  share_out<COUNT * 8, AMONG>(thread, [&](int i) {
-    const int out = first_out + i / 8, part = i % 8;
+  constexpr int EIGHTS = WIDE ? 2 : 1, READ = BITS < 3 ? 1 << BITS : 8;
+  share_out<COUNT * EIGHTS, AMONG>(thread, [&](int i) {
+    const int out = first_out + i / EIGHTS, eight = i % EIGHTS;
+    const Entries<READ> entries = decoder.entries<READ>(group, out, eight * 8);
     const float scale = decoder.scale(group, out);
-    const unsigned both = two_halves<BFLOAT>(decoder.entry(group, out, 0, 2 * part, 0) * scale,
-                                             decoder.entry(group, out, 0, 2 * part + 1, 0) * scale);
-    unsigned short* to = reinterpret_cast<unsigned short*>(palettes + i / 8 * 32) + part;
-    to[0] = (unsigned short)__byte_perm(both, 0, 0x4420), to[8] = (unsigned short)__byte_perm(both, 0, 0x4431);
+    unsigned two[4] = {};
+#pragma unroll
+    for (int j = 0; j < READ / 2; ++j)
+      two[j] = two_halves<BFLOAT>(number_of<VECTORS>(entries.bits[2 * j]) * scale,
+                                  number_of<VECTORS>(entries.bits[2 * j + 1]) * scale);
+    uint2* to = reinterpret_cast<uint2*>(palettes + i / EIGHTS * 32) + eight;
+    to[0] = make_uint2(__byte_perm(two[0], two[1], 0x6420), __byte_perm(two[2], two[3], 0x6420));
+    to[2] = make_uint2(__byte_perm(two[0], two[1], 0x7531), __byte_perm(two[2], two[3], 0x7531));
   });
 }
 
@@ -195,6 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   constexpr int SHARERS = K_BLOCKS * K_WARPS;
   constexpr long long NEXT_PART = ((SHARERS - 1) * PART_TURNS + SPAN) * NEXT_TURN;
   const unsigned* from;
+  const unsigned short* x_from[TILES_N];  // where this lane's values of the turn begin, in its row of each tile
   auto out_of = [&](int block) { return block * BLOCK_OUTS + out_warp * OUTS + row * columns; };
   auto start_of = [&](int block) {
     return unit_at(words, sharer * PART_TURNS * SHARES + quad, out_of(block), columns);
@@ -362,8 +369,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           const uint2 two = *reinterpret_cast<const uint2*>(my_x + unit * UNIT_VALUES * 2 + chunk * 16);
           b[0][0] = two.x, b[0][1] = two.y;
         } else {
-          const uint4 all =
-              crossed(eight_inputs<EXACT>(x, min(tile * 8 + row, ROWS - 1), unit * UNIT_VALUES + chunk * 8));
+          const int ahead = s * SHARES * UNIT_VALUES + chunk * 8;
+          const uint4 all = crossed(eight_inputs<EXACT>(x_from[tile] + ahead, unit * UNIT_VALUES + chunk * 8));
           b[tile][0] = all.x, b[tile][1] = all.y, b[tile][2] = all.z, b[tile][3] = all.w;
         }
       if constexpr (CENTERED) {
@@ -457,6 +464,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int next = block + blocks;
     const bool more = next < BLOCKS_OF_OUTS;
     if constexpr (PALETTE && !GROUPED) load_palettes(0);
+    if constexpr (!SPLIT && !EXPAND)
+#pragma unroll
+      for (int tile = 0; tile < TILES_N; ++tile)
+        x_from[tile] =
+            x + (long long)min(tile * 8 + row, ROWS - 1) * INPUTS + (sharer * PART_TURNS * SHARES + quad) * UNIT_VALUES;
     with_columns([&](auto mine) {
 #pragma unroll 1
       for (int turn = sharer * PART_TURNS; turn < TURNS;) {
@@ -471,6 +483,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           use(mine, s, turn + s);
           if (!last || more) read(mine, s, last ? sharer * PART_TURNS : following, last ? next : block);
         }
+        if constexpr (!SPLIT && !EXPAND)
+#pragma unroll
+          for (int tile = 0; tile < TILES_N; ++tile) x_from[tile] += (following - turn) * SHARES * UNIT_VALUES;
         turn = following;
       }
     });

@@ -41,10 +41,6 @@ constexpr bool EXACT = LENGTH == INPUTS && X_ROW == LENGTH;
 constexpr int CHAIN = SPAN * UNIT_CODES % 16 == 0 ? 2 : 1;
 constexpr int GRID = (BLOCKS_OF_OUTS + TAKES - 1) / TAKES;                             // blocks of threads
 constexpr int STAGED = LEVELS * OUTS, READ = STAGED > THREADS ? STAGED / THREADS : 1;  // values, those of a thread
-using Entry = BitsOf<VECTORS>::type;
-struct __align__(sizeof(Entry) * READ < 16 ? sizeof(Entry) * READ : 16) Entries {
-  Entry bits[READ];
-};
 constexpr int AT_ONCE = LEVELS < 8 ? LEVELS : 8;  // values of a palette that are read at once
 struct __align__(2 * AT_ONCE) Values {
   unsigned two[AT_ONCE / 2];
@@ -75,18 +71,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // before anything else is asked for.
   const int my_value = threadIdx.x * READ, my_out = my_value / LEVELS, my_code = my_value % LEVELS;
   const bool has_values = STAGED % THREADS == 0 || my_value < STAGED;
-  Entries entries;
+  Entries<READ> entries;
   unsigned scale;
   auto read_palettes = [&](int block) {
     const int out = block * OUTS + my_out;
     if (!has_values) return;
-    if constexpr (ENTRIES == LEVELS) {
-      const long long first = decoder.block(0, out, 1, OUT_BLOCKS) * LEVELS + my_code;
-      entries = static_cast<const Entries*>(vectors)[first / READ];
-    } else {
-#pragma unroll
-      for (int i = 0; i < READ; ++i) entries.bits[i] = decoder.bits_of_entry(0, out, 0, my_code + i, 0);
-    }
+    entries = decoder.entries<READ>(0, out, my_code);
     scale = decoder.bits_of_scale(0, out);
   };
   // Values go from the registers by shared memory into tables of pairs.
